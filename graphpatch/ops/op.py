@@ -1,0 +1,88 @@
+"""What an op is: arguments, the classes it accepts, the slot it takes, what it adds. No torch here.
+
+How it is done stands in the file of the same name in `graphpatch/rewrites`, found through `Op.accepts`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, Mapping, NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+from ..tree.tree import Signature, Tensor
+
+
+class Target(NamedTuple):
+    """What an op may know of the module (or parameter) it is asked to change, before anything changes."""
+
+    path: str
+    signature: Signature
+    parameter: str | None = None
+    """The parameter's name where the target is a parameter and not a module."""
+    parent: Signature | None = None
+    """The signature of the module above, for ops that must know who calls the target."""
+
+    @property
+    def tensor(self) -> Tensor | None:
+        return self.signature.parameters.get(self.parameter) if self.parameter else None
+
+
+class Refusal(Exception):
+    """An op refuses a target: `str()` says why, in a sentence; `fixes` says what to do."""
+
+    def __init__(self, why: str, *fixes: str, code: str = "GP410"):
+        super().__init__(why)
+        self.fixes, self.code = fixes, code
+
+
+class Op(BaseModel):
+    """An op with its arguments. Subclass it, name it with `@register("mine")`, and a rule can say `with mine(...)`.
+
+    Positional arguments of a rule fill the fields in the order of their definition. The class docstring is the op's
+    docs page: what it computes, with the formula and its source.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, defer_build=True)
+
+    op: ClassVar[str]
+    """The registered name."""
+    accepts: ClassVar[Mapping[str, str]] = {}
+    """The visible table: qualified class name (`torch.nn.modules.linear.Linear`) -> import path of the rewrite
+    (`graphpatch.rewrites.lora:LoraLinear`), resolved only when applying. The first class of a target's MRO that
+    stands here decides. `*` accepts every module. A third party adds a class by adding a row (`accept(op, cls, rewrite)`)."""
+    accepts_parameters: ClassVar[bool] = False
+    level: ClassVar[int] = 0
+    """Where it wraps: lower is nearer to the original forward. LoRA 10, output scale 50, post-norm 60, softcap 70."""
+    symbol: ClassVar[Literal["~", "+", "-/+"]] = "~"
+    exclusive: ClassVar[bool] = False
+    """True for ops that replace, wrap or drop the module: no other op may touch the node or anything below it."""
+    exact_at_init: ClassVar[bool] = False
+    """True where the patched model computes bit for bit what the original did until it is trained."""
+    merges: ClassVar[bool] = False
+
+    def slots(self) -> frozenset[str]:
+        """What it occupies on its target: two ops that share a slot collide, others compose by level."""
+        return frozenset({self.op})
+
+    def check(self, target: Target) -> None:
+        """Raise `Refusal` where these arguments cannot have their full effect on this target."""
+
+    def adds(self, target: Target) -> dict[str, Tensor]:
+        """The parameters it adds to the target, by name, as a function of the target's facts."""
+        return {}
+
+    def named(self, adapter: str | None) -> Op:
+        """The same op under the adapter name given to `apply`; only adapter ops care."""
+        return self
+
+    def after(self, target: Target) -> str:
+        """What the target's class is called afterwards, for the plan: `LoRA Linear`."""
+        return target.signature.cls
+
+    def text(self) -> str:
+        """The op as a rule would write it, defaults left out."""
+        ...
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments as JSON values."""
+        return self.model_dump(mode="json", by_alias=True)

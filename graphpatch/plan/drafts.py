@@ -1,0 +1,172 @@
+"""Ops with their arguments worked out: from `with lora(rank=$rank)` and its targets to `Lora(rank=16)` on nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..lang.diagnostics import Diagnostic, Error, Span
+from ..lang.syntax import OpCall
+from ..ops.op import Op, Refusal, Target
+from ..ops.arguments import ArgumentError, UnknownOp, build
+from ..tree.compress import compress
+from ..tree.tree import Tensor, Tree
+from .plan import Step
+from .reach import Reach
+from .rules import Rule
+from .scope import FileScope
+from .target import Hit, TargetFacts, TargetScope, by_difference, needs, owner
+
+
+@dataclass
+class Draft:
+    """One op of one rule on some of its targets, before conflicts are judged."""
+
+    rule: Rule
+    order: tuple[int, int]
+    """Of the rule among all, and of the op in its chain."""
+    op: Op
+    call: OpCall
+    hits: list[Hit]
+
+
+def drafts(tree: Tree, reached: Sequence[Reach], adapter: str | None, findings: list[Diagnostic]) -> list[Draft]:
+    """The ops of all rules on what they reach; wrong names, arguments and chains go to `findings`."""
+    made: list[Draft] = []
+    for number, one in enumerate(reached):
+        rule = one.rule
+        chain: list[Draft] = []
+        try:
+            for at, call in enumerate(rule.statement.ops):  # type: ignore[union-attr]
+                for op, hits in _ops(tree, one, call, adapter):
+                    chain.append(Draft(rule, (number, at), op, call, hits))
+        except Error as error:
+            findings += error.diagnostics
+            continue
+        findings += _against_levels(rule, chain)
+        made += chain
+    return made
+
+
+def _ops(tree: Tree, reached: Reach, call: OpCall, adapter: str | None) -> Sequence[tuple[Op, list[Hit]]]:
+    """The op for each group of targets that its arguments tell apart; groups whose op comes out equal are one."""
+    rule = reached.rule
+    what = needs(call.args, rule.target.captures)
+    if what.constant:
+        op = build_op(call, rule.scope).named(adapter)
+        return [(op, reached.hits())] if len(reached) else []
+    made: dict[Op, list[Hit]] = {}
+    for facts, hits in by_difference(tree, rule.hits, reached.hits(), what):
+        op = build_op(call, TargetScope(rule.scope, facts, strict=True)).named(adapter)
+        made.setdefault(op, []).extend(hits)
+    return [(op, sorted(hits, key=lambda h: (owner(h), str(h)))) for op, hits in made.items()]
+
+
+def build_op(call: OpCall, scope: FileScope) -> Op:
+    """The op of a rule; raises `PlanError` (GP201 unknown op, GP203 unknown argument, GP204 bad value) with its place."""
+    positional = [scope.value(arg.value) for arg in call.args if arg.name is None]
+    named = {arg.name: scope.value(arg.value) for arg in call.args if arg.name is not None}
+    return checked_build(call, scope, positional, named)
+
+
+def checked_build(call: OpCall, scope: FileScope, positional: Sequence[Any], named: Mapping[str, Any]) -> Op:
+    try:
+        return build(call.name, positional, named)
+    except UnknownOp as unknown:
+        hint = f"did you mean `{unknown.suggestions[0]}`? " if unknown.suggestions else ""
+        scope.fail("GP201", str(unknown), call.span, f"{hint}`graphpatch ops` lists all of them")
+    except ArgumentError as wrong:
+        near = f"did you mean {' or '.join(f'`{s}`' for s in wrong.suggestions)}?" if wrong.suggestions else ""
+        label = ". ".join(part for part in (near.removesuffix("?") + "?" if near else "", wrong.hint) if part)
+        span = _argument_span(call, wrong)
+        scope.fail("GP203" if wrong.unknown else "GP204", wrong.message, span, label.replace("?.", "?"))
+
+
+def _argument_span(call: OpCall, wrong: ArgumentError) -> Span | None:
+    for at, arg in enumerate(call.args):
+        if wrong.argument is not None and wrong.argument in (arg.name, at if arg.name is None else None):
+            return arg.name_span if wrong.unknown else arg.value.span
+    return call.span
+
+
+def _against_levels(rule: Rule, chain: Sequence[Draft]) -> list[Diagnostic]:
+    by_position = {draft.order[1]: draft for draft in chain}
+    ordered = [by_position[at] for at in sorted(by_position)]
+    for inner, outer in zip(ordered, ordered[1:], strict=False):
+        if inner.op.level > outer.op.level:
+            return [
+                rule.scope.finding(
+                    "GP416",
+                    f"`{inner.op.op} then {outer.op.op}` goes against the order in which they wrap",
+                    outer.call.span,
+                    f"`{outer.op.op}` is the inner one: write `{outer.op.op}(...) then {inner.op.op}(...)`",
+                )
+            ]
+    return []
+
+
+def steps(tree: Tree, draft: Draft, findings: list[Diagnostic]) -> list[Step]:
+    """The draft's targets by signature, each checked by the op; refusals go to `findings`."""
+    groups: dict[tuple[int, int, str | None], list[int]] = {}
+    for hit in draft.hits:
+        node, parameter = (hit, None) if isinstance(hit, int) else hit
+        parent = tree.parents[node]
+        key = (tree.signature_of[node], tree.signature_of[parent] if parent >= 0 else -1, parameter)
+        groups.setdefault(key, []).append(node)
+    merged: dict[tuple[int, str | None], Step] = {}
+    refused: dict[tuple[str, tuple[str, ...], str], list[Hit]] = {}
+    for (signature, parent, parameter), nodes in groups.items():
+        facts = tree.signatures[signature]
+        above = tree.signatures[parent] if parent >= 0 else None
+        target = Target(tree.paths[nodes[0]], facts, parameter, above)
+        try:
+            rewrite = _rewrite(draft.op, target, tree.has_classes)
+            draft.op.check(target)
+            adds: dict[str, Tensor] = draft.op.adds(target)
+        except Refusal as refusal:
+            why = (str(refusal), tuple(refusal.fixes), refusal.code)
+            refused.setdefault(why, []).extend(nodes if parameter is None else [(n, parameter) for n in nodes])
+            continue
+        if (signature, parameter) in merged:
+            merged[signature, parameter].nodes.extend(nodes)
+            continue
+        merged[signature, parameter] = Step(
+            draft.op, draft.rule.where, draft.rule.label, nodes, parameter, rewrite, adds,
+            facts.cls or "?", draft.op.after(target),
+        )  # fmt: skip
+    for step in merged.values():
+        step.nodes.sort()
+    findings += _refusals(tree, draft, refused)
+    return list(merged.values())
+
+
+def _rewrite(op: Op, target: Target, has_classes: bool) -> str:
+    """The import path of the rewrite: the first class of the target's MRO that stands in the op's table."""
+    if target.parameter is not None and not op.accepts_parameters:
+        raise Refusal(
+            f"`{op.op}` changes modules, and `{target.parameter}` is a parameter of {target.signature.cls or 'a module'}",
+            "end the selector at the module",
+        )
+    if not has_classes and op.accepts:
+        return next(iter(op.accepts.values()))
+    for name in (*target.signature.mro, "*"):
+        if name in op.accepts:
+            return op.accepts[name]
+    takes = ", ".join(sorted(name.rpartition(".")[2] for name in op.accepts))
+    raise Refusal(f"`{op.op}` does not accept {target.signature.cls}", f"it accepts {takes}; narrow the selector, `:Linear` say")
+
+
+def _refusals(tree: Tree, draft: Draft, refused: dict[tuple[str, tuple[str, ...], str], list[Hit]]) -> list[Diagnostic]:
+    found = []
+    for (why, fixes, code), hits in refused.items():
+        paths = compress(tree, [h for h in hits if isinstance(h, int)], [h for h in hits if not isinstance(h, int)])
+        few = ", ".join(p.removeprefix("^") for p in paths[:2]) + (f" and {len(paths) - 2} more" if len(paths) > 2 else "")
+        found.append(
+            draft.rule.scope.finding(
+                code, f"`{few}` cannot take {draft.op.op}", draft.call.span, "", fixes, text=(why,)
+            )
+        )
+    return found
+
+

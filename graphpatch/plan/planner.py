@@ -1,0 +1,260 @@
+"""Rules x tree -> Plan: resolve, match, check, sum up. Nothing here changes anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from ..lang.diagnostics import Diagnostic, PlanError
+from ..ops.op import Op
+from ..tree.compress import compress
+from ..tree.select import Cover
+from ..tree.tree import Mark, Parameter, Tree
+from .conflicts import settle
+from .drafts import Draft, drafts, steps
+from .expect import hold
+from .freeze import Added, Grads, Scope, added_by, count_trainable, decide
+from .plan import Outcome, Plan, Step, Totals
+from .reach import Reach, reach
+from .rules import Rule, match_rules, rules_in_force
+from .ruleset import RuleSet
+from .scope import World
+
+_BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "int16": 2}
+
+
+def make_plan(rules: RuleSet, tree: Tree, adapter: str | None = None, allow_import: Sequence[str] = ()) -> Plan:
+    """The plan of these rules for this tree.
+
+    Raises `RuleError` or `PlanError` with everything found wrong, not only the first.
+    """
+    world = World(rules.program, tree)
+    findings: list[Diagnostic] = []
+    params = world.params()
+    patches, freezes = rules_in_force(world)
+    match_rules(tree, patches)
+    reached = _reach_all(tree, patches, findings)
+    drafted = drafts(tree, reached, adapter, findings)
+    _refuse(findings)
+    settle(tree, drafted, findings)
+    wanted = [step for draft in sorted(drafted, key=_wrapping_order) for step in steps(tree, draft, findings)]
+    fresh, already = _split_by_marks(tree, wanted, findings)
+    _refuse(findings)
+
+    added = added_by(fresh + already)
+    match_rules(tree, freezes, added)
+    freeze_reached = _reach_all(tree, freezes, findings)
+    _refuse(findings)
+    scopes = [_freeze_scope(tree, one) for one in freeze_reached]
+    grads = decide(tree, scopes, added) if scopes else None
+    totals = _totals(tree, fresh, added, grads)
+    warnings = [f for f in findings if f.severity != "error"]
+    if grads is None and added and any(t.trainable for s in tree.signatures for t in s.parameters.values()):
+        warnings.append(_base_trains(rules))
+    return Plan(
+        rules=rules,
+        tree=tree,
+        params=params,
+        adapter=adapter,
+        steps=fresh,
+        already=already,
+        outcomes=[*_outcomes(reached, drafted), *_freeze_outcomes(tree, freeze_reached, scopes, added)],
+        grads=grads,
+        groups=_groups(tree, freeze_reached, scopes, added),
+        totals=totals,
+        warnings=warnings,
+        allow_import=tuple(allow_import),
+    )
+
+
+def _refuse(findings: Sequence[Diagnostic]) -> None:
+    if any(f.severity == "error" for f in findings):
+        raise PlanError(findings)
+
+
+def _reach_all(tree: Tree, rules: Iterable[Rule], findings: list[Diagnostic]) -> list[Reach]:
+    reached = []
+    for rule in rules:
+        errors = len(findings)
+        one = reach(tree, rule, findings)
+        if not any(f.severity == "error" for f in findings[errors:]):
+            findings += hold(tree, one)
+        reached.append(one)
+    return reached
+
+
+def _wrapping_order(draft: Draft) -> tuple[int, tuple[int, int]]:
+    return draft.op.level, draft.order
+
+
+# ── what the model carries already ──
+
+
+def _split_by_marks(
+    tree: Tree, wanted: Sequence[Step], findings: list[Diagnostic]
+) -> tuple[list[Step], list[Step]]:
+    """The steps to take, and those whose marks the model carries from an earlier apply of the same rule."""
+    if not tree.marks:
+        return list(wanted), []
+    fresh, already = [], []
+    for step in wanted:
+        text, slots = step.op.text(), step.op.slots()
+        groups: dict[str, list[int]] = {"new": [], "same": [], "clash": []}
+        for node in step.nodes:
+            groups[_standing(tree.marks.get(node, ()), step, text, slots)].append(node)
+        fresh += [replace(step, nodes=groups["new"])] if groups["new"] else []
+        already += [replace(step, nodes=groups["same"])] if groups["same"] else []
+        if groups["clash"]:
+            findings.append(_occupied(tree, step, groups["clash"]))
+    return fresh, already
+
+
+def _standing(marks: Sequence[Mark], step: Step, text: str, slots: frozenset[str]) -> str:
+    for mark in marks:
+        if mark.op == text and mark.rule == step.rule:
+            return "same"
+        if mark.exclusive or step.op.exclusive or mark.slots & slots:
+            return "clash"
+    return "new"
+
+
+def _occupied(tree: Tree, step: Step, nodes: Sequence[int]) -> Diagnostic:
+    (mark, *_) = tree.marks[nodes[0]]
+    paths = compress(tree, list(nodes))
+    return Diagnostic(
+        "GP417",
+        f"{step.op.op} has no place on {paths[0].removeprefix('^')}: an earlier patch is there",
+        text=(f"{step.rule} says {step.op.text()}, and {mark.rule} put {mark.op} there ({len(nodes)} modules)",),
+        fixes=(
+            'give the new one a name of its own: apply(..., adapter="second")',
+            "or take the earlier one back first: graphpatch.patches(model)[-1].revert()",
+        ),
+    )
+
+
+# ── freeze and train ──
+
+
+def _freeze_scope(tree: Tree, one: Reach) -> Scope:
+    rule = one.rule
+    excepted = rule.excepted_hits
+    return Scope(
+        trainable=rule.statement.trainable,  # type: ignore[union-attr]
+        hits=Cover(tree, one.nodes, one.parameters),
+        new=rule.new,
+        excepted=Cover(tree, excepted.nodes, excepted.parameters) if excepted else Cover(tree, ()),
+        except_new=rule.except_new,
+    )
+
+
+def _base_trains(rules: RuleSet) -> Diagnostic:
+    return Diagnostic(
+        "GP420",
+        f"{rules.name} adds parameters and freezes nothing, so the base trains too",
+        fixes=("`freeze ** except @new` trains what was added and nothing else",),
+        severity="warning",
+    )
+
+
+def _groups(tree: Tree, reached: Sequence[Reach], scopes: Sequence[Scope], added: Added) -> dict[str, list[str]]:
+    """Optimizer groups: what each labelled `train` rule covers."""
+    groups: dict[str, list[str]] = {}
+    for one, scope in zip(reached, scopes, strict=True):
+        label = one.rule.label
+        if label and scope.trainable:
+            parameters = list(_parameters_in(tree, scope, added))
+            old = [p for p in parameters if p[1] in tree.signature(p[0]).parameters]
+            new = [p for p in parameters if p[1] not in tree.signature(p[0]).parameters]
+            groups[label] = compress(tree, [], old) + compress(tree, [], new)
+    return groups
+
+
+def _parameters_in(tree: Tree, scope: Scope, added: Added) -> Iterable[Parameter]:
+    aliases = {alias for alias, _ in tree.ties}
+    for start, end in scope.hits.intervals:
+        for node in range(start, end):
+            names: list[str] = list(tree.signature(node).parameters)
+            if not scope.except_new:
+                names += added.get(node, {})
+            for name in names:
+                if (node, name) not in aliases and not scope.excepted.covers((node, name)):
+                    yield node, name
+    for parameter in sorted(scope.hits.parameters):
+        if parameter[0] not in scope.hits and not scope.excepted.covers(parameter):
+            yield parameter
+    if scope.new and not scope.except_new:
+        for node, tensors in sorted(added.items()):
+            yield from ((node, name) for name in tensors if not scope.excepted.covers((node, name)))
+
+
+# ── sums and reports ──
+
+
+def _totals(tree: Tree, fresh: Sequence[Step], added: Added, grads: Grads | None) -> Totals:
+    rewritten = replaced = more = keys = moved = elements = size = 0
+    for step in fresh:
+        times = len(step.nodes)
+        rewritten += times * (step.op.symbol == "~")
+        replaced += times * (step.op.symbol == "-/+")
+        more += times * (step.op.symbol == "+")
+        keys += times * len(step.adds)
+        elements += times * sum(t.numel for t in step.adds.values())
+        size += times * sum(t.numel * _BYTES.get(t.dtype, 1) for t in step.adds.values())
+        if step.op.exclusive:
+            moved += sum(_keys_below(tree, node) for node in step.nodes)
+    return Totals(
+        rewritten=rewritten,
+        replaced=replaced,
+        added_modules=more,
+        parameters_before=tree.numel(),
+        parameters_added=elements,
+        bytes_added=size,
+        trainable=count_trainable(tree, grads, added),
+        keys_added=keys,
+        keys_moved=moved,
+    )
+
+
+def _keys_below(tree: Tree, node: int) -> int:
+    signatures = (tree.signature(n) for n in range(node, tree.ends[node]))
+    return sum(len(s.parameters) + len(s.buffers) for s in signatures)
+
+
+def _outcomes(reached: Sequence[Reach], drafted: Sequence[Draft]) -> list[Outcome]:
+    texts: dict[int, dict[int, list[Op]]] = {}
+    for draft in drafted:
+        texts.setdefault(draft.order[0], {}).setdefault(draft.order[1], []).append(draft.op)
+    outcomes = []
+    for number, one in enumerate(reached):
+        chain = texts.get(number, {})
+        text = " then ".join(_brief(chain[at]) for at in sorted(chain))
+        outcomes.append(Outcome(one.rule.where, text, len(one), one.coverage))
+    return outcomes
+
+
+def _brief(ops: Sequence[Op]) -> str:
+    return ops[0].text() if len(ops) == 1 else f"{ops[0].op}(...)"
+
+
+def _freeze_outcomes(
+    tree: Tree, reached: Sequence[Reach], scopes: Sequence[Scope], added: Added
+) -> Iterable[Outcome]:
+    for one, scope in zip(reached, scopes, strict=True):
+        verb = "train" if scope.trainable else "freeze"
+        alone = decide(tree, [scope], added)
+        elements = _acted_on(tree, alone, added)
+        yield Outcome(
+            one.rule.where, f"{verb} {one.rule.target_text()}", len(one), one.coverage, not scope.trainable, elements
+        )
+
+
+def _acted_on(tree: Tree, grads: Grads, added: Added) -> int:
+    """How many elements a single freeze or train rule speaks of."""
+    flipped = Grads(
+        bytearray(2 if state else 1 for state in grads.own),
+        bytearray(2 if state else 1 for state in grads.added),
+        {parameter: 2 if state else 1 for parameter, state in grads.each.items()},
+    )
+    return count_trainable(tree, flipped, added)
+
+

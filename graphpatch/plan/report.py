@@ -1,0 +1,116 @@
+"""A plan as text: concise first, every compressed path pastes back as a selector."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ..tree.compress import compress
+from ..tree.tree import Tree
+from .plan import Outcome, Plan, Step
+from .scope import show
+
+_LEFT = 58
+"""The width of the first column; the numbers stand right of it."""
+_BOLD, _GREEN, _YELLOW, _BLUE, _RESET = "\x1b[1m", "\x1b[32m", "\x1b[33m", "\x1b[34m", "\x1b[0m"
+_PAINT = {"+": _GREEN, "~": _YELLOW, "-/+": _YELLOW, "=": _BLUE}
+
+
+def plan_text(plan: Plan, color: bool = False, verbose: bool = False) -> str:
+    """The plan for a terminal or a log; `verbose` lists every path instead of compressed ones."""
+    paint = _painter(color)
+    lines = [_heading(plan, paint)]
+    numbered = _by_rule(plan)
+    for outcome in plan.outcomes:
+        lines += ["", _outcome_line(outcome, paint)]
+        for step, symbol in numbered.get(outcome.rule, ()):
+            lines += _step_lines(plan.tree, step, symbol, paint, verbose)
+    for name, paths in plan.groups.items():
+        lines += ["", f"optimizer group {name}: {', '.join(paths)}"]
+    lines += ["", *_summary(plan, paint)]
+    for warning in plan.warnings:
+        lines += ["", warning.render(color)]
+    return "\n".join(lines)
+
+
+def _painter(color: bool):  # noqa: ANN202
+    return (lambda text, code: f"{code}{text}{_RESET}") if color else (lambda text, code: text)
+
+
+def _heading(plan: Plan, paint: Any) -> str:
+    tree = plan.tree
+    where = f"{tree.source}, " if tree.source else ""
+    title = f"{plan.rules.name} against {tree.title or 'a tree without classes'} "
+    title += f"({where}{_many(len(tree), 'module')}, {amount(tree.numel())} parameters)"
+    params = "   ".join(f"{name} = {show(value)}" for name, value in plan.params.items())
+    head = paint(title, _BOLD)
+    return f"{head}{' ' * max(2, 84 - len(title))}{params}" if params else head
+
+
+def _by_rule(plan: Plan) -> Mapping[str, Sequence[tuple[Step, str]]]:
+    found: dict[str, list[tuple[Step, str]]] = {}
+    for step in plan.steps:
+        found.setdefault(step.rule, []).append((step, step.op.symbol))
+    for step in plan.already:
+        found.setdefault(step.rule, []).append((step, "="))
+    return found
+
+
+def _outcome_line(outcome: Outcome, paint: Any) -> str:
+    if outcome.frozen is not None:
+        count = f"{amount(outcome.parameters)} parameters"
+    else:
+        count = _many(outcome.matched, "module")
+    left = f"{outcome.rule:<14} {outcome.text}"
+    return f"{paint(left, _BOLD)}{' ' * max(1, _LEFT - len(left))} {count:<13}{outcome.coverage}".rstrip()
+
+
+def _step_lines(tree: Tree, step: Step, symbol: str, paint: Any, verbose: bool) -> Iterable[str]:
+    if verbose:
+        paths = ["^" + tree.paths[n] + (f".{step.parameter}" if step.parameter else "") for n in step.nodes]
+    else:
+        parameters = [(n, step.parameter) for n in step.nodes] if step.parameter else []
+        paths = compress(tree, [] if step.parameter else step.nodes, parameters)
+    gain = sum(t.numel for t in step.adds.values()) * len(step.nodes)
+    change = step.before if step.before == step.after else f"{step.before} -> {step.after}"
+    for at, path in enumerate(paths):
+        left = f"  {symbol} {path}"
+        right = f"{change:<27}{'+' + amount(gain) if gain else ''}" if at == 0 else ""
+        yield f"{paint(left, _PAINT[symbol])}{' ' * max(1, _LEFT - len(left))} {right}".rstrip()
+
+
+def _summary(plan: Plan, paint: Any) -> Iterable[str]:
+    totals = plan.totals
+    standing = f", {sum(len(s.nodes) for s in plan.already)} already applied" if plan.already else ""
+    yield paint(
+        f"Plan: {totals.rewritten} to rewrite, {totals.replaced} to replace, {totals.added_modules} to add{standing}. "
+        f"Trainable {amount(totals.trainable)} of {amount(totals.parameters_after)} ({_percent(totals.share)}). "
+        f"Checkpoint: {totals.keys_added} keys added, {totals.keys_moved} moved.",
+        _BOLD,
+    )
+    if totals.bytes_added:
+        yield f"Memory: +{_bytes(totals.bytes_added)} of parameters."
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
+def amount(elements: int) -> str:
+    """`8.03 B`, `10.2 M`, `640`."""
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if elements >= size:
+            scaled = elements / size
+            return f"{scaled:.2f} {unit}" if scaled < 10 else f"{scaled:.1f} {unit}"
+    return str(elements)
+
+
+def _percent(share: float) -> str:
+    return f"{share * 100:.2f} %" if share >= 0.0001 or share == 0 else f"{share * 100:.2g} %"
+
+
+def _bytes(size: int) -> str:
+    for unit, step in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= step:
+            return f"{size / step:.1f} {unit}"
+    return f"{size} B"

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Iterable, Mapping, NamedTuple
+from hashlib import sha256
+from math import prod
+from typing import TYPE_CHECKING, Any, Iterable, Mapping, NamedTuple, Union
 
 if TYPE_CHECKING:
     import torch
 
-Scalar = bool | int | float | str | None
-Attribute = Scalar | tuple["Attribute", ...]
+Scalar = Union[bool, int, float, str, None]
+Attribute = Union[Scalar, tuple["Attribute", ...]]
 
 
 class Tensor(NamedTuple):
-    """A parameter or buffer: `dtype` as torch prints it without its prefix (`float32`, `bfloat16`)."""
+    """A parameter or buffer: `dtype` as torch prints it without its prefix (`float32`, `bfloat16`).
+
+    A parameter of a lazy module that was never called has dtype `uninitialized` and an empty shape.
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -26,7 +31,8 @@ class Tensor(NamedTuple):
     """`requires_grad`; no part of a tree's fingerprint."""
 
     @property
-    def numel(self) -> int: ...
+    def numel(self) -> int:
+        return 0 if self.dtype == "uninitialized" else prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,15 @@ class Signature:
 
     `mro` holds qualified class names, most derived first, without `object`; empty in a tree that has no classes
     (read from safetensors headers). `attributes` are the public instance attributes that are scalars or tuples of
-    them (`training` left out). `config` indexes `Tree.configs`, -1 where the module has no `config` of its own.
-    `notes` are facts that only a live model has and that decide what may be done to it (`forward-override`, `hooked`...).
+    them (`training` left out), and a parameter that is registered as None (`bias` of a Linear without one).
+    `config` indexes `Tree.configs`, -1 where the module has no `config` of its own.
+    `notes` are facts that only a live model has and that decide what may be done to it:
+
+    - `forward`: an instance attribute `forward` stands in front of the class's;
+    - `hf_hook`: accelerate hooked the module (`_hf_hook`);
+    - `fsdp`: sharded by FSDP2's `fully_shard`;
+    - `parametrized`: `torch.nn.utils.parametrize` stands in front of a parameter;
+    - `wrapped:CLASS`: a transparent wrapper of that class (`OptimizedModule`, `DistributedDataParallel`...) held it.
     """
 
     mro: tuple[str, ...]
@@ -68,6 +81,14 @@ class Mark(NamedTuple):
 Parameter = tuple[int, str]
 """A parameter: the node that owns it, and its name there."""
 
+Segment = tuple[str, int, int]
+"""One step down a path: the name, the integer it is (else -1), and the length of its container (else 0)."""
+
+
+def index_of(name: str) -> int:
+    """The integer a path segment is, else -1: `5` is one, `05` and `+5` are names."""
+    return int(name) if name.isdecimal() and name.isascii() and (name[0] != "0" or name == "0") else -1
+
 
 @dataclass(eq=False)
 class Tree:
@@ -75,6 +96,7 @@ class Tree:
 
     A module that stands under several names is one node, at its first path; each further place is an edge. The
     arrays of a patched model describe the original model: what patches added is left out, and `marks` tells of it.
+    Wrappers (`torch.compile`, DDP) are no nodes: the module inside stands in their place.
     """
 
     names: list[str]
@@ -91,27 +113,51 @@ class Tree:
     signatures: list[Signature]
     configs: list[dict[str, Any]] = field(default_factory=list)
     edges: list[tuple[int, int, str]] = field(default_factory=list)
-    """(node, parent, name): a further place of a module, beside its first path."""
+    """(node, parent, name): a further place of a module, beside its first path; sorted by parent. One that leads back
+    to an ancestor is kept, but is no path: a path never goes through a module twice."""
     ties: list[tuple[Parameter, Parameter]] = field(default_factory=list)
     """(alias, first): the alias is the same tensor as the first; both stand in their signature's `parameters`."""
     marks: dict[int, tuple[Mark, ...]] = field(default_factory=dict)
     source: str = ""
     """Where it came from, for headings: `meta`, `cpu`, a file name."""
+    wrappers: list[str] = field(default_factory=list)
+    """Class names of the wrappers around the root, outermost first."""
     modules: list[torch.nn.Module] | None = field(default=None, repr=False)
     """The live modules, node by node, in a tree taken from a model; None in one read from a file."""
 
     # ── construction ──
     @classmethod
     def of(cls, model: torch.nn.Module) -> Tree:
-        """The tree of a live model (on any device, meta too)."""
+        """The tree of a live model (on any device, meta too). Raises `Error` (GP430) for what is no module."""
         from .snapshot import snapshot
 
         return snapshot(model)
 
     @classmethod
-    def read(cls, path: str) -> Tree: ...
+    def read(cls, path: str) -> Tree:
+        """A tree from a `.tree` file. Raises `Error` (GP43x) with file and line where it is none."""
+        from .text import read
 
-    def write(self, path: str) -> None: ...
+        return read(path)
+
+    def write(self, path: str) -> None:
+        """Write the `.tree` text form. Raises `Error` (GP430) where the file cannot be written."""
+        from .text import write
+
+        write(self, path)
+
+    @classmethod
+    def from_text(cls, text: str, name: str = "text.tree") -> Tree:
+        """The inverse of `to_text`; `name` is for messages."""
+        from .text import parse
+
+        return parse(text, name)
+
+    def to_text(self) -> str:
+        """The text form: readable, diffable, read back exactly (all but `modules`)."""
+        from .text import render
+
+        return render(self)
 
     # ── reading ──
     def __len__(self) -> int:
@@ -132,28 +178,165 @@ class Tree:
     @cached_property
     def paths(self) -> list[str]:
         """The first path of every node, `model.layers.0.mlp`; the root's is empty."""
-        ...
+        paths = [""]
+        add = paths.append
+        for name, parent in zip(self.names[1:], self.parents[1:]):
+            add(f"{paths[parent]}.{name}" if parent else name)
+        return paths
 
-    def all_paths(self, node: int) -> list[str]:
-        """Every path of a node, first first."""
-        ...
+    @cached_property
+    def places(self) -> dict[int, list[tuple[int, str]]]:
+        """The further places (parent, name) of each tied module: its edges, less those that lead back to an ancestor."""
+        places: dict[int, list[tuple[int, str]]] = {}
+        for node, parent, name in self.edges:
+            if not node <= parent < self.ends[node]:
+                places.setdefault(node, []).append((parent, name))
+        return places
+
+    def all_paths(self, node: int, limit: int = 10_000) -> list[str]:
+        """Every path of a node, first first; at most `limit`, since paths through tied modules multiply."""
+        first = self.paths[node]
+        if not self.places:
+            return [first]
+        found = {first: None}
+        # Climb with the tail gathered so far; a chain of ties is a directed graph without cycles, so this ends.
+        climb: list[tuple[int, str]] = [(node, "")]
+        while climb and len(found) < limit:
+            at, tail = climb.pop()
+            if at == 0:
+                found[tail[:-1]] = None
+                continue
+            climb += [(parent, f"{name}.{tail}") for parent, name in reversed(self.places.get(at, ()))]
+            climb.append((self.parents[at], f"{self.names[at]}.{tail}"))
+        return list(found)
+
+    def parameter_paths(self, parameter: Parameter) -> list[str]:
+        """Every path of a parameter, first first, those of its ties included."""
+        same = [parameter, *(alias for alias, first in self.ties if first == parameter)]
+        return [f"{path}.{name}" if path else name for node, name in same for path in self.all_paths(node)]
 
     def find(self, path: str) -> int | None:
         """The node of a path, any of its paths."""
-        ...
+        node = 0
+        for name in path.split(".") if path else ():
+            found = self._children[node].get(name)
+            if found is None:
+                return None
+            node = found
+        return node
+
+    def find_parameter(self, path: str) -> Parameter | None:
+        """The parameter of a path, any of its paths; a tied one as its first."""
+        owner, _, name = path.rpartition(".")
+        node = self.find(owner)
+        if node is None or name not in self.signature(node).parameters:
+            return None
+        return self.first_of.get((node, name), (node, name))
+
+    @cached_property
+    def first_of(self) -> dict[Parameter, Parameter]:
+        """The first of each tied parameter, by its aliases."""
+        return dict(self.ties)
+
+    @cached_property
+    def _children(self) -> list[dict[str, int]]:
+        children: list[dict[str, int]] = [{} for _ in self.names]
+        for node in range(1, len(self.names)):
+            children[self.parents[node]][self.names[node]] = node
+        for node, parent, name in self.edges:
+            children[parent].setdefault(name, node)
+        return children
 
     def children(self, node: int) -> list[int]:
-        ...
+        """The nodes right below, at their first paths, in order."""
+        children, at = [], node + 1
+        while at < self.ends[node]:
+            children.append(at)
+            at = self.ends[at]
+        return children
+
+    def ancestors(self, node: int) -> list[int]:
+        """The nodes from the root down to `node`, both included, along its first path."""
+        chain = []
+        while node >= 0:
+            chain.append(node)
+            node = self.parents[node]
+        return chain[::-1]
 
     def config_of(self, node: int) -> dict[str, Any] | None:
         """The config of the nearest enclosing module that has one, the node itself included."""
-        ...
+        while node >= 0:
+            config = self.signatures[self.signature_of[node]].config
+            if config >= 0:
+                return self.configs[config]
+            node = self.parents[node]
+        return None
 
+    # ── segments ──
+    @cached_property
+    def kinds(self) -> tuple[list[int], list[tuple[Segment, int]]]:
+        """What tells a node from its siblings for any selector, interned: (kind of each node, (segment, signature) of each kind)."""
+        interned: dict[tuple[str, int, int], int] = {}
+        add = interned.setdefault
+        # A name fixes its index, so the length is all that a segment needs besides.
+        kinds = [add(key, len(interned)) for key in zip(self.names, self.lengths, self.signature_of)]
+        return kinds, [((name, index_of(name), length), sig) for name, length, sig in interned]
+
+    def edge_segment(self, parent: int, name: str) -> Segment:
+        """The segment of a further place of a module."""
+        index = index_of(name)
+        return (name, index, self._edge_lengths[parent] if index >= 0 else 0)
+
+    @cached_property
+    def _edge_lengths(self) -> dict[int, int]:
+        """Of each container that holds an edge: highest index plus one, or what its children say it is."""
+        lengths: dict[int, int] = {}
+        for _, parent, name in self.edges:
+            lengths[parent] = max(lengths.get(parent, 0), index_of(name) + 1)
+        for parent in lengths:
+            lengths[parent] = max([lengths[parent], *(self.lengths[child] for child in self.children(parent))])
+        return lengths
+
+    # ── sums ──
     @cached_property
     def fingerprint(self) -> str:
         """A hash over paths, edges, ties, classes, attributes, shapes and dtypes; not over `trainable`, marks, notes."""
-        ...
+        digest = sha256(b"graphpatch tree 1\n")
+        facts: dict[str, int] = {}
+        # Signatures that differ only in what does not count get one number, given in order of first appearance.
+        number = []
+        for signature in self.signatures:
+            said = repr(
+                (
+                    signature.mro,
+                    sorted(signature.attributes.items()),
+                    [(name, tuple(t.shape), t.dtype) for name, t in signature.parameters.items()],
+                    [(name, tuple(t.shape), t.dtype) for name, t in signature.buffers.items()],
+                )
+            )
+            number.append(facts.setdefault(said, len(facts)))
+        for part in (
+            "\n".join(facts),
+            ",".join(map(str, map(number.__getitem__, self.signature_of))),
+            "\0".join(self.names),
+            repr(self.parents),
+            repr(self.lengths),
+            repr(self.edges),
+            repr(self.ties),
+        ):
+            digest.update(part.encode("utf-8", "surrogatepass"))
+            digest.update(b"\n")
+        return digest.hexdigest()
 
     def numel(self, nodes: Iterable[int] | None = None) -> int:
-        """Parameters, tied ones once."""
-        ...
+        """Parameters (of all nodes, or of these), tied ones once."""
+        own = [sum(t.numel for t in signature.parameters.values()) for signature in self.signatures]
+        counted = range(len(self)) if nodes is None else set(nodes)
+        total = sum(own[self.signature_of[node]] for node in counted)
+        seen: set[Parameter] = set()
+        for (node, name), first in self.ties:
+            if node in counted:
+                if first[0] in counted or first in seen:
+                    total -= self.signature(node).parameters[name].numel
+                seen.add(first)
+        return total

@@ -13,10 +13,23 @@ from ..tree.compress import compress
 from ..tree.nearmiss import lacking
 from ..tree.select import Cover
 from ..tree.tree import Tree
-from .reach import Reach
+from .reach import Reach, reach
+from .rules import Rule
 from .target import owner
 
 _COMPARE: dict[str, Callable[[int, int], bool]] = {"==": eq, "!=": ne, "<": lt, "<=": le, ">": gt, ">=": ge}
+
+
+def reach_all(tree: Tree, rules: Iterable[Rule], findings: list[Diagnostic]) -> list[Reach]:
+    """What every rule reaches, and whether what it expects holds; what is wrong goes to `findings`."""
+    reached = []
+    for rule in rules:
+        before = len(findings)
+        one = reach(tree, rule, findings)
+        if not any(f.severity == "error" for f in findings[before:]):
+            findings += hold(tree, one)
+        reached.append(one)
+    return reached
 
 
 def hold(tree: Tree, reached: Reach) -> Iterable[Diagnostic]:

@@ -12,13 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..tree.select import Cover, Hits
+from ..tree.select import Cover
 from ..tree.tree import Parameter, Tensor, Tree
+from .reach import Reach
 
 if TYPE_CHECKING:
-    import torch
-
-    from .plan import Plan, Step
+    from .plan import Step
 
 LEAVE, FREEZE, TRAIN = 0, 1, 2
 """What is asked of a parameter: nothing (it keeps its flag), not to train, to train."""
@@ -50,6 +49,19 @@ class Scope(NamedTuple):
     new: bool
     excepted: Cover
     except_new: bool
+
+
+def freeze_scope(tree: Tree, one: Reach) -> Scope:
+    """What a freeze or train rule acts on, from what it reached."""
+    rule = one.rule
+    excepted = rule.excepted_hits
+    return Scope(
+        trainable=rule.statement.trainable,  # type: ignore[union-attr]
+        hits=Cover(tree, one.nodes, one.parameters),
+        new=rule.new,
+        excepted=Cover(tree, excepted.nodes, excepted.parameters) if excepted else Cover(tree, ()),
+        except_new=rule.except_new,
+    )
 
 
 def decide(tree: Tree, scopes: Sequence[Scope], added: Added) -> Grads:
@@ -146,8 +158,9 @@ def count_trainable(tree: Tree, grads: Grads | None, added: Added) -> int:
     for (signature, state), times in Counter(zip(tree.signature_of, grads.own)).items():
         tensors = tree.signatures[signature].parameters.values()
         total += times * sum(t.numel for t in tensors if state == TRAIN or (state == LEAVE and t.trainable))
-    for kind in Counter((id(tensors), grads.added[node] != FREEZE) for node, tensors in added.items()).items():
-        total += _added_part(kind, added)
+    kinds = {id(tensors): tensors for tensors in added.values()}
+    for (kind, state), times in Counter((id(tensors), grads.added[node]) for node, tensors in added.items()).items():
+        total += times * sum(t.numel for t in kinds[kind].values() if _trains(state, t))
     for parameter, state in grads.each.items():
         node, name = parameter
         new = _is_new(parameter, added)
@@ -161,23 +174,5 @@ def count_trainable(tree: Tree, grads: Grads | None, added: Added) -> int:
     return total
 
 
-def _added_part(kind: tuple[tuple[int, bool], int], added: Added) -> int:
-    (identity, trains), times = kind
-    if not trains:
-        return 0
-    tensors = next(t for t in added.values() if id(t) == identity)
-    return times * sum(t.numel for t in tensors.values())
-
-
 def _trains(state: int, tensor: Tensor) -> bool:
     return state == TRAIN or (state == LEAVE and tensor.trainable)
-
-
-def grads_of_new_tree(plan: Plan, model: torch.nn.Module) -> tuple[Tree, Grads] | None:
-    """The freeze and train rules decided on a patched model as it stands, what the patches added being ordinary there.
-
-    Returns the new tree and the decision, None where the rules have no freeze or train.
-    """
-    if plan.grads is None:
-        return None
-    raise NotImplementedError

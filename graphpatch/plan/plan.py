@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from ..patch import Patch
     from .freeze import Grads
+    from .refreeze import NewTree
     from .ruleset import RuleSet
 
 FORMAT = 1
@@ -172,12 +173,12 @@ class Plan:
         # The one door to a lower room: the room that mutates is opened only when something is to be mutated.
         return import_module("graphpatch.patch.apply").apply_plan(self, model, tuple(allow_import))
 
-    def refreeze(self, model: torch.nn.Module) -> tuple[Tree, Grads] | None:
+    def refreeze(self, model: torch.nn.Module) -> NewTree | None:
         """The freeze and train rules again, on the patched model as it stands: modules that an op brought in (`replace`,
-        `wrap`) have parameters that no plan can know."""
-        from .freeze import grads_of_new_tree
+        `wrap`) have parameters that no plan can know. None where the rules have no freeze or train."""
+        from .refreeze import refreeze
 
-        return grads_of_new_tree(self, model)
+        return refreeze(self, model)
 
     # ── reading and writing ──
     def to_json(self) -> str:

@@ -8,15 +8,14 @@ from dataclasses import replace
 from ..lang.diagnostics import Diagnostic, PlanError
 from ..ops.op import Op
 from ..tree.compress import compress
-from ..tree.select import Cover
 from ..tree.tree import Mark, Parameter, Tree
 from .conflicts import settle
 from .drafts import Draft, drafts, steps
-from .expect import hold
-from .freeze import Added, Grads, Scope, added_by, count_trainable, decide
+from .freeze import Added, Grads, Scope, added_by, count_trainable, decide, freeze_scope
 from .plan import Outcome, Plan, Step, Totals
-from .reach import Reach, reach
-from .rules import Rule, match_rules, rules_in_force
+from .expect import reach_all
+from .reach import Reach
+from .rules import match_rules, rules_in_force
 from .ruleset import RuleSet
 from .scope import World
 
@@ -33,7 +32,7 @@ def make_plan(rules: RuleSet, tree: Tree, adapter: str | None = None, allow_impo
     params = world.params()
     patches, freezes = rules_in_force(world)
     match_rules(tree, patches)
-    reached = _reach_all(tree, patches, findings)
+    reached = reach_all(tree, patches, findings)
     drafted = drafts(tree, reached, adapter, findings)
     _refuse(findings)
     settle(tree, drafted, findings)
@@ -43,9 +42,9 @@ def make_plan(rules: RuleSet, tree: Tree, adapter: str | None = None, allow_impo
 
     added = added_by(fresh + already)
     match_rules(tree, freezes, added)
-    freeze_reached = _reach_all(tree, freezes, findings)
+    freeze_reached = reach_all(tree, freezes, findings)
     _refuse(findings)
-    scopes = [_freeze_scope(tree, one) for one in freeze_reached]
+    scopes = [freeze_scope(tree, one) for one in freeze_reached]
     grads = decide(tree, scopes, added) if scopes else None
     totals = _totals(tree, fresh, added, grads)
     warnings = [f for f in findings if f.severity != "error"]
@@ -70,17 +69,6 @@ def make_plan(rules: RuleSet, tree: Tree, adapter: str | None = None, allow_impo
 def _refuse(findings: Sequence[Diagnostic]) -> None:
     if any(f.severity == "error" for f in findings):
         raise PlanError(findings)
-
-
-def _reach_all(tree: Tree, rules: Iterable[Rule], findings: list[Diagnostic]) -> list[Reach]:
-    reached = []
-    for rule in rules:
-        errors = len(findings)
-        one = reach(tree, rule, findings)
-        if not any(f.severity == "error" for f in findings[errors:]):
-            findings += hold(tree, one)
-        reached.append(one)
-    return reached
 
 
 def _wrapping_order(draft: Draft) -> tuple[int, tuple[int, int]]:
@@ -133,18 +121,6 @@ def _occupied(tree: Tree, step: Step, nodes: Sequence[int]) -> Diagnostic:
 
 
 # ── freeze and train ──
-
-
-def _freeze_scope(tree: Tree, one: Reach) -> Scope:
-    rule = one.rule
-    excepted = rule.excepted_hits
-    return Scope(
-        trainable=rule.statement.trainable,  # type: ignore[union-attr]
-        hits=Cover(tree, one.nodes, one.parameters),
-        new=rule.new,
-        excepted=Cover(tree, excepted.nodes, excepted.parameters) if excepted else Cover(tree, ()),
-        except_new=rule.except_new,
-    )
 
 
 def _base_trains(rules: RuleSet) -> Diagnostic:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from ..lang.diagnostics import Diagnostic, Place, did_you_mean
 from ..lang.evaluate import EvaluationError, NoneArithmetic, evaluate
-from ..lang.syntax import PathSelector, Selector
+from ..lang.syntax import Freeze, PathSelector, Selector
 from ..tree.nearmiss import near_miss
 from ..tree.select import Alternative, Cover
 from ..tree.stacks import stacks
@@ -188,6 +188,7 @@ def _dead_excepts(tree: Tree, rule: Rule, chosen: Sequence[Hit], groups: Sequenc
     """Every literal part of an `except` that removes nothing; one that names a role may (a model need not have towers)."""
     union, compiled, hits = rule.statement.except_, rule.excepted, rule.excepted_hits
     assert union is not None and compiled is not None and hits is not None
+    below = _acts_below(tree, rule, chosen)
     parts = list(enumerate(compiled.alternatives)) or [(None, Alternative("", union.span, 0))]
     for at, part in parts:
         if _names_role(compiled.union.branches[part.branch]):
@@ -197,6 +198,8 @@ def _dead_excepts(tree: Tree, rule: Rule, chosen: Sequence[Hit], groups: Sequenc
         cover = Cover(tree, nodes, parameters)
         if any(_covered(cover, hit) for hit in chosen) or any(group in cover for group in groups):
             continue
+        if below is not None and (any(n in below for n in nodes) or any(below.covers(p) for p in parameters)):
+            continue
         count = len(nodes) + len(parameters)
         why = (
             f"it covers {count} {'place' if count == 1 else 'places'}, none of them a target of this rule"
@@ -205,6 +208,15 @@ def _dead_excepts(tree: Tree, rule: Rule, chosen: Sequence[Hit], groups: Sequenc
         )
         said = f"`{part.text}` in this `except`" if part.text else "this `except`"
         yield rule.scope.finding("GP409", f"{said} removes nothing", part.span, why, ("leave it out, or mend it",))
+
+
+def _acts_below(tree: Tree, rule: Rule, chosen: Sequence[Hit]) -> Cover | None:
+    """For freeze and train, which act on all at or below their hits: where an exception may lie."""
+    if not isinstance(rule.statement, Freeze):
+        return None
+    if rule.new:
+        return Cover(tree, [0])
+    return Cover(tree, [h for h in chosen if isinstance(h, int)], [h for h in chosen if not isinstance(h, int)])
 
 
 def _names_role(branch: Selector) -> bool:

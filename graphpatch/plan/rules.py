@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..lang.diagnostics import Diagnostic, Error, PlanError
-from ..lang.formatter import format_expression
+from ..lang.formatter import format_expression, format_union
 from ..lang.syntax import Freeze, PathSelector, Patch, Require, SelectorUnion, Statement, When
 from ..tree.select import Compiled, Hits, compile_selector, match
 from ..tree.tree import Tree
@@ -41,6 +41,10 @@ class Rule:
     @property
     def label(self) -> str | None:
         return self.statement.label
+
+    def target_text(self) -> str:
+        """What it acts on, as written."""
+        return format_union(self.statement.selector)
 
     def selectors(self) -> list[Compiled]:
         return [c for c in (self.target, self.excepted, self.per) if c is not None]

@@ -63,13 +63,22 @@ def by_difference(tree: Tree, hits: Hits, chosen: Sequence[Hit], what: Needs) ->
         node = owner(hit)
         key: tuple[Hashable, ...] = (tree.signature_of[node], None if isinstance(hit, int) else hit[1])
         if what.config:
-            key += (tree.config_index(node),)
+            key += (_config_index(tree, node),)
         if what.captures:
             bindings = hits.bindings(hit)
             key += tuple(bindings.get(name) for name in sorted(what.captures))
         groups.setdefault(key, []).append(hit)
     for group in groups.values():
         yield TargetFacts(tree, group[0], hits.bindings(group[0]) if what.captures else {}), group
+
+
+def _config_index(tree: Tree, node: int) -> int:
+    while node >= 0:
+        config = tree.signatures[tree.signature_of[node]].config
+        if config >= 0:
+            return config
+        node = tree.parents[node]
+    return -1
 
 
 class TargetFacts:

@@ -1,0 +1,66 @@
+"""Rewrite the module graph of any PyTorch model from a rule file: plan, apply, revert."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .lang.diagnostics import ApplyError as ApplyError
+    from .lang.diagnostics import Diagnostic as Diagnostic
+    from .lang.diagnostics import Error as Error
+    from .lang.diagnostics import PlanError as PlanError
+    from .lang.diagnostics import RuleError as RuleError
+    from .ops.op import Op as Op
+    from .ops.registry import accept as accept
+    from .ops.registry import register as register
+    from .patch.apply import apply as apply
+    from .patch.patch import Patch as Patch
+    from .patch.patch import patches as patches
+    from .patch.walk import walk as walk
+    from .plan.explain import explain as explain
+    from .plan.plan import Plan as Plan
+    from .plan.ruleset import RuleSet as RuleSet
+    from .plan.ruleset import load as load
+    from .plan.ruleset import parse as parse
+    from .plan.select import select as select
+    from .tree.tree import Tree as Tree
+
+__version__ = "0.1.0"
+
+# Loaded when first used: reading rules and trees needs no torch.
+_HOME = {
+    "ApplyError": "lang.diagnostics",
+    "Diagnostic": "lang.diagnostics",
+    "Error": "lang.diagnostics",
+    "Op": "ops.op",
+    "Patch": "patch.patch",
+    "Plan": "plan.plan",
+    "PlanError": "lang.diagnostics",
+    "RuleError": "lang.diagnostics",
+    "RuleSet": "plan.ruleset",
+    "Tree": "tree.tree",
+    "accept": "ops.registry",
+    "apply": "patch.apply",
+    "explain": "plan.explain",
+    "load": "plan.ruleset",
+    "parse": "plan.ruleset",
+    "patches": "patch.patch",
+    "register": "ops.registry",
+    "select": "plan.select",
+    "walk": "patch.walk",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'graphpatch' has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

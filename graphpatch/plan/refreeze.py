@@ -1,0 +1,48 @@
+"""The freeze and train rules on a patched model as it stands, where the plan could not know what a module brings in."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..lang.diagnostics import Diagnostic, PlanError
+from ..tree.tree import Tensor, Tree
+from .expect import reach_all
+from .freeze import Grads, decide, freeze_scope
+from .rules import match_rules, rules_in_force
+from .scope import World
+
+if TYPE_CHECKING:
+    import torch
+
+    from .plan import Plan
+
+
+class NewTree(NamedTuple):
+    """A patched model, what patches added being ordinary there, and what is decided on it."""
+
+    tree: Tree
+    grads: Grads
+    added: dict[int, dict[str, Tensor]]
+    """By node of `tree`: the parameters that the planned-for model did not have (`@new`)."""
+
+
+def refreeze(plan: Plan, model: torch.nn.Module) -> NewTree | None:
+    """Decide anew; raises `PlanError` where a rule that fitted the planned tree does not fit this one."""
+    if plan.grads is None:
+        return None
+    assert plan.tree.modules is not None, "a plan is bound to a model before it is applied"
+    tree = Tree.of(model, as_patched=True)
+    assert tree.modules is not None
+    old = {id(p) for module in plan.tree.modules for p in module._parameters.values()}
+    added: dict[int, dict[str, Tensor]] = {}
+    for node, module in enumerate(tree.modules):
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in old:
+                added.setdefault(node, {})[name] = tree.signature(node).parameters[name]
+    _, freezes = rules_in_force(World(plan.rules.program, tree))
+    match_rules(tree, freezes)
+    findings: list[Diagnostic] = []
+    reached = reach_all(tree, freezes, findings)
+    if any(f.severity == "error" for f in findings):
+        raise PlanError(findings)
+    return NewTree(tree, decide(tree, [freeze_scope(tree, one) for one in reached], added), added)

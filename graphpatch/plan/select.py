@@ -1,0 +1,51 @@
+"""One selector against a model: what the command line's `match` and a notebook ask."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..lang.diagnostics import Source
+from ..lang.parser import parse_selector
+from ..lang.program import parse_program
+from ..tree.select import Compiled, Hits, compile_selector, match
+from ..tree.tree import Tree
+from .scope import FileScope, World
+
+if TYPE_CHECKING:
+    import torch
+
+
+def matches(tree: Tree, selector: str) -> tuple[Compiled, Hits]:
+    """The selector made concrete, and what it matches; raises `RuleError` or `PlanError` for one that means nothing.
+
+    It stands in no file: it sees the packaged roles, and no params.
+    """
+    union = parse_selector(selector)
+    world = World(parse_program("use roles", {}, name="<selector>"), tree)
+    compiled = compile_selector(union, SelectorScope(world, selector))
+    (hits,) = match(tree, [compiled])
+    return compiled, hits
+
+
+class SelectorScope(FileScope):
+    """The scope of a selector from the command line: its source is its own text."""
+
+    def __init__(self, world: World, text: str):
+        super().__init__(world, 0)
+        self.text = text
+
+    @property
+    def source(self) -> Source:
+        return Source("<selector>", self.text)
+
+
+def select(model_or_tree: torch.nn.Module | Tree, selector: str) -> list[str]:
+    """The paths of the modules and parameters that a selector matches, each once by its first path, in tree order.
+
+    Roles are those of the packaged `roles.rules`. Matching nothing gives an empty list.
+    """
+    tree = model_or_tree if isinstance(model_or_tree, Tree) else Tree.of(model_or_tree)
+    _, hits = matches(tree, selector)
+    found = [(node, tree.paths[node]) for node in hits.nodes]
+    found += [(node, tree.parameter_paths((node, name))[0]) for node, name in hits.parameters]
+    return [path for _, path in sorted(found, key=lambda f: f[0])]

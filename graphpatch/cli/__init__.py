@@ -1,0 +1,1 @@
+"""The command line: one file a command; `main` tells them apart. Nobody imports this room."""

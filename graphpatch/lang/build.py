@@ -1,0 +1,493 @@
+"""From lark's tree to the syntax, with the checks that need no more than one statement."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from lark import Token, Tree
+
+from . import syntax as s
+from .diagnostics import Diagnostic, Place, Source, Span, did_you_mean
+from .regex import problem
+from .words import BadEscape, unquote
+
+DEEPEST = 50
+"""Levels of an expression."""
+DEEPEST_TREE = 160
+"""Levels of lark's tree; more would not fit Python's stack."""
+
+
+def span_of(item: Tree | Token) -> Span | None:
+    at = item.meta if isinstance(item, Tree) else item
+    if isinstance(item, Tree) and item.meta.empty:
+        return None
+    return Span(at.line, at.column, at.end_line, at.end_column)  # type: ignore[arg-type]
+
+
+def make(cls: type[Any], /, **fields: Any) -> Any:
+    """A node without validation: the grammar has seen to it, and pydantic's schemas need not be built to parse."""
+    return cls.model_construct(**fields)
+
+
+def too_deep(tree: Tree) -> Tree | Token | None:
+    """Something in `tree` that is nested too deep to be worked on."""
+    level: list[Any] = [tree]
+    for _ in range(DEEPEST_TREE):
+        level = [child for item in level if isinstance(item, Tree) for child in item.children if child is not None]
+        if not level:
+            return None
+    return level[0]
+
+
+class Builder:
+    """Builds nodes from trees; what is wrong goes to `report`, and building goes on."""
+
+    def __init__(self, source: Source, report: Callable[[Diagnostic], None]):
+        self.source, self.report = source, report
+
+    def fail(
+        self,
+        code: str,
+        title: str,
+        at: Tree | Token | Span | None,
+        label: str = "",
+        *fixes: str,
+        also: tuple[Place, ...] = (),
+    ) -> None:
+        span = at if isinstance(at, Span) or at is None else span_of(at)
+        places = (Place(self.source, span, label),) if span else ()
+        self.report(Diagnostic(code, title, places + also, fixes=fixes))
+
+    # ── statements ──
+
+    def start(self, tree: Tree) -> s.RuleFile:
+        return make(s.RuleFile, statements=tuple(self.statement(t) for t in tree.children), span=span_of(tree))
+
+    def statement(self, tree: Tree) -> Any:
+        return getattr(self, tree.data)(tree)
+
+    def use(self, tree: Tree) -> s.Use:
+        target, args = tree.children
+        by_path = target.type == "STRING"
+        given = self.args(args)
+        for arg in given:
+            if arg.name is None:
+                self.fail("GP128", "a param is given by its name", arg.span, "write name=value")
+        return make(
+            s.Use,
+            target=self.text(target) if by_path else str(target),
+            by_path=by_path,
+            args=given,
+            span=span_of(tree),
+            target_span=span_of(target),
+        )
+
+    def param(self, tree: Tree) -> s.Param:
+        name, kind, default = tree.children
+        if kind is not None and kind not in ("int", "float", "bool", "str", "list"):
+            known = {"string": "str", "integer": "int", "boolean": "bool", "number": "float", "double": "float"}
+            near = f"did you mean `{known[kind.lower()]}`?" if kind.lower() in known else ""
+            near = near or did_you_mean(kind, ("int", "float", "bool", "str", "list"))
+            self.fail("GP206", f"there is no type `{kind}`", kind, near or "the types are int, float, bool, str, list")
+            kind = None
+        return make(
+            s.Param,
+            name=self.name_word(name, "param"),
+            type=str(kind) if kind is not None else None,
+            default=None if default is None else self.expr(default),
+            span=span_of(tree),
+            name_span=span_of(name),
+        )
+
+    def alias(self, tree: Tree) -> s.Alias:
+        name, union = tree.children
+        return make(
+            s.Alias,
+            name=self.name_word(name, "alias"),
+            selector=self.union(union),
+            span=span_of(tree),
+            name_span=span_of(name),
+        )
+
+    def require(self, tree: Tree) -> s.Require:
+        return make(s.Require, test=self.expr(tree.children[0]), span=span_of(tree))
+
+    def when(self, tree: Tree) -> s.When:
+        test, *body = tree.children
+        return make(s.When, test=self.expr(test), body=tuple(self.statement(t) for t in body), span=span_of(tree))
+
+    def patch(self, tree: Tree) -> s.Patch:
+        union, *clauses = tree.children
+        found = self.clauses(clauses)
+        with_ = found.pop("with_", None)
+        if with_ is None:
+            at = span_of(tree)
+            keyword = Span(at.line, at.column, at.line, at.column + 5) if at else None
+            self.fail("GP115", "this patch does not say what to do", keyword, "add `with` and an op: with lora(rank=16)")
+        ops = tuple(self.op(t) for t in with_.children) if with_ is not None else ()
+        return make(s.Patch, selector=self.union(union), ops=ops, span=span_of(tree), **found)
+
+    def freeze(self, tree: Tree) -> s.Freeze:
+        union, *clauses = tree.children
+        found = self.clauses(clauses)
+        if tree.data == "freeze" and "label" in found:
+            self.fail(
+                "GP131", "`freeze` takes no label", found["label_span"], "`as` names an optimizer group, so it goes with `train`"
+            )
+        return make(
+            s.Freeze, trainable=tree.data == "train", selector=self.union(union), span=span_of(tree), **found
+        )
+
+    train = freeze
+
+    def map(self, tree: Tree) -> s.Map:
+        source, target, using = tree.children
+        nowhere = target.data == "nowhere"
+        if nowhere and using is not None:
+            self.fail("GP132", "a key that is left behind needs no `using`", using, "drop it, or name a key in place of `none`")
+        return make(
+            s.Map,
+            source=tuple(self.key(t) for t in source.children),
+            target=None if nowhere else tuple(self.key(t) for t in target.children),
+            using=self.op(using) if using is not None else None,
+            span=span_of(tree),
+        )
+
+    def clauses(self, trees: list[Tree]) -> dict[str, Any]:
+        """The clauses as fields of a statement; `with_` is left a tree."""
+        found: dict[str, Any] = {}
+        seen: dict[str, Tree] = {}
+        for tree in trees:
+            kind = {"waived": "expect", "expected": "expect", "with_": "with", "except_": "except", "label": "as"}.get(
+                tree.data, tree.data
+            )
+            if kind in seen:
+                again = {
+                    "with": "chain ops with `then`: with a then b",
+                    "where": "join the tests with `and`",
+                    "except": "join the selectors with `|`",
+                    "overrides": "list the labels: overrides a, b",
+                }.get(kind, "keep one of them")
+                first = span_of(seen[kind])
+                also = (Place(self.source, first, "the first one"),) if first else ()
+                self.fail("GP116", f"`{kind}` stands twice in one statement", tree, again, also=also)
+                continue
+            seen[kind] = tree
+            if kind == "with":
+                found["with_"] = tree
+            elif kind == "where":
+                found["where"] = self.expr(tree.children[0])
+            elif kind == "except":
+                found["except_"] = self.union(tree.children[0])
+            elif kind == "expect":
+                found["expect"] = self.expect(tree)
+            elif kind == "as":
+                found["label"] = self.name_word(tree.children[0], "label")
+                found["label_span"] = span_of(tree.children[0])
+            else:
+                found["overrides"] = tuple(self.name_word(t, "label") for t in tree.children)
+                found["overrides_spans"] = tuple(span_of(t) for t in tree.children)
+        return found
+
+    def expect(self, tree: Tree) -> s.Expect:
+        if tree.data == "waived":
+            return make(s.Expect, any=True, span=span_of(tree))
+        cmp, count, per = tree.children
+        return make(
+            s.Expect,
+            cmp=str(cmp) if cmp is not None else "==",
+            count=self.expr(count),
+            per=self.selector(per) if per is not None else None,
+            span=span_of(tree),
+        )
+
+    def op(self, tree: Tree) -> s.OpCall:
+        name, args = tree.children
+        return make(s.OpCall, name=str(name), args=self.args(args), span=span_of(tree), name_span=span_of(name))
+
+    def args(self, tree: Tree | None, inner: bool = False) -> tuple[s.Arg, ...]:
+        result: list[s.Arg] = []
+        for item in [] if tree is None else tree.children:
+            if item is None:
+                continue
+            key, value = item.children
+            if key is not None and any(a.name == key for a in result):
+                self.fail("GP129", f"`{key}` is given twice", key, "keep one of them")
+            if key is None and any(a.name is not None for a in result):
+                self.fail("GP129", "an argument without a name follows one with a name", item, "write name=value")
+            result.append(
+                make(
+                    s.Arg,
+                    name=str(key) if key is not None else None,
+                    value=self.value(value) if inner else self.expr(value),
+                    span=span_of(item),
+                    name_span=span_of(key) if key is not None else None,
+                )
+            )
+        return tuple(result)
+
+    def name_word(self, token: Token, what: str) -> str:
+        if token in s.KEYWORDS or (what == "alias" and token == "new"):
+            why = "is the role of what the patches add" if token == "new" else "is a word of the language"
+            self.fail("GP117", f"`{token}` {why} and cannot name a{'n' if what == 'alias' else ''} {what}", token, "choose another name")
+        return str(token)
+
+    # ── selectors ──
+
+    def union(self, tree: Tree) -> s.SelectorUnion:
+        return make(s.SelectorUnion, branches=tuple(self.selector(t) for t in tree.children), span=span_of(tree))
+
+    def selector(self, tree: Tree) -> Any:
+        cls = tree.children[-1]
+        fields: dict[str, Any] = {"span": span_of(tree)}
+        if cls is not None:
+            fields |= {"cls_span": span_of(cls), "cls_alternative_spans": _alternatives(cls)}
+        if tree.data == "regex":
+            node = make(s.RegexSelector, pattern=self.regex(tree.children[0]), **fields)
+        elif tree.data == "path_selector":
+            root, path, _ = tree.children
+            steps = tuple(self.step(t) for t in path.children)
+            node = make(s.PathSelector, anchored=root is not None, steps=steps, **fields)
+        else:
+            node = make(s.PathSelector, anchored=tree.data == "root", **fields)
+        # `model_construct` has no room for a field called `cls`.
+        return node if cls is None else node.model_copy(update={"cls": _tight(cls)})
+
+    def regex(self, token: Token) -> str:
+        pattern = re.sub(r"\\(.)", lambda m: "/" if m[1] == "/" else m[0], str(token)[1:-1])
+        if why := problem(pattern):
+            code = "GP123" if why.startswith("it does not compile") else "GP122"
+            title = "this regex does not compile" if code == "GP123" else "this regex is refused"
+            why = why.removeprefix("it does not compile: ")
+            self.fail(code, title, token, why, "a plain selector may do: `**` is any path, `*` is any text within one name")
+        return pattern
+
+    def step(self, tree: Tree) -> s.Step:
+        head, index = tree.children
+        fields: dict[str, Any] = {"span": span_of(tree)}
+        if isinstance(head, Tree):
+            fields |= {"kind": "role", "name": str(head.children[0]), "name_span": span_of(head)}
+        else:
+            fields |= self.segment(head)
+            fields["kind"] = "quoted" if head.type == "STRING" else "glob"
+        if index is not None:
+            if index.data == "capture":
+                name = index.children[0]
+                self.fail(
+                    "GP118",
+                    f"`[{name}]` alone is for `map`",
+                    index,
+                    f"write [{name} in *] to name any index, or [${name}] for the value of a param",
+                )
+            fields["index"] = self.index(index)
+        return make(s.Step, **fields)
+
+    def segment(self, token: Token) -> dict[str, Any]:
+        if token.type == "STRING":
+            name = self.text(token)
+            if name == "" or "." in name or "*" in name:
+                plain = name if re.fullmatch(r"[\w*?.{},\[\]:^-]+", name) else "model.layers[*].q_proj"
+                self.fail("GP113", "a selector stands without quotes", token, f"write {plain}; quotes are for one odd name")
+            return {"name": name, "name_span": span_of(token)}
+        name = _tight(token)
+        if "**" in name and name != "**":
+            self.fail("GP126", "`**` stands alone between dots", token, "write `*` for any text within one name")
+        return {"name": name, "name_span": span_of(token), "alternative_spans": _alternatives(token)}
+
+    def index(self, tree: Tree) -> s.Index:
+        capture, spans = None, tree.children
+        if tree.data in ("capturing", "capture"):
+            capture = self.name_word(tree.children[0], "capture")
+            spans = tree.children[1:]
+        return make(s.Index, capture=capture, spans=tuple(self.index_span(t) for t in spans), span=span_of(tree))
+
+    def index_span(self, tree: Tree) -> Any:
+        if tree.data == "every":
+            return make(s.Every, span=span_of(tree))
+        if tree.data == "at":
+            return make(s.At, at=self.expr(tree.children[0]), span=span_of(tree))
+        start, stop, step = (None if t is None else self.expr(t) for t in tree.children)
+        if isinstance(step, s.Literal_) and step.value == 0:
+            self.fail("GP127", "the step of a slice cannot be 0", tree.children[2], "drop it")
+        return make(s.Range, start=start, stop=stop, step=step, span=span_of(tree))
+
+    def key(self, tree: Tree) -> s.KeyStep:
+        head, bracket = tree.children
+        fields = self.segment(head)
+        fields |= {"quoted": head.type == "STRING", "span": span_of(tree)}
+        if bracket is not None:
+            if tree.data == "key":
+                fields["index"] = self.index(bracket)
+            else:
+                fields["at"] = self.expr(bracket)
+        return make(s.KeyStep, **fields)
+
+    # ── expressions ──
+
+    def expr(self, tree: Tree) -> Any:
+        """A whole expression: not a part of another one."""
+        node = self.value(tree)
+        if _deeper_than(node, DEEPEST):
+            self.fail("GP119", f"this expression has more than {DEEPEST} levels", tree, "split it with `param`")
+        return node
+
+    def value(self, tree: Tree) -> Any:
+        return getattr(self, f"expr_{tree.data}")(tree, tree.children)
+
+    def expr_number(self, tree: Tree, children: list[Any]) -> s.Literal_:
+        return make(s.Literal_, value=self.number(children[0]), span=span_of(tree))
+
+    def expr_string(self, tree: Tree, children: list[Any]) -> s.Literal_:
+        return make(s.Literal_, value=self.text(children[0]), span=span_of(tree))
+
+    def expr_true(self, tree: Tree, children: list[Any]) -> s.Literal_:
+        return make(s.Literal_, value={"true": True, "false": False, "none": None}[tree.data], span=span_of(tree))
+
+    expr_false = expr_none = expr_true
+
+    def expr_var(self, tree: Tree, children: list[Any]) -> s.Var:
+        return make(s.Var, name=str(children[0])[1:], span=span_of(tree))
+
+    def expr_name(self, tree: Tree, children: list[Any]) -> s.Name:
+        name = str(children[0])
+        ours = {"true": "true", "false": "false", "none": "none", "null": "none", "nil": "none"}.get(name.lower())
+        if ours:
+            self.fail("GP105", f"`{name}` is written {ours}", tree, f"write {ours}")
+        return make(s.Name, name=name, span=span_of(tree))
+
+    def expr_call(self, tree: Tree, children: list[Any]) -> s.Call:
+        name, args = children
+        return make(s.Call, name=str(name), args=self.args(args, inner=True), span=span_of(tree), name_span=span_of(name))
+
+    def expr_query(self, tree: Tree, children: list[Any]) -> s.Query:
+        return make(s.Query, function=str(children[0]), selector=self.union(children[1]), span=span_of(tree))
+
+    def expr_list(self, tree: Tree, children: list[Any]) -> s.ListExpr:
+        return make(s.ListExpr, items=tuple(self.value(t) for t in children if t is not None), span=span_of(tree))
+
+    def expr_item(self, tree: Tree, children: list[Any]) -> s.Item:
+        return make(s.Item, value=self.value(children[0]), index=self.value(children[1]), span=span_of(tree))
+
+    def expr_sign(self, tree: Tree, children: list[Any]) -> Any:
+        sign, operand = children
+        if sign == "-" and operand.data == "number" and not self.between(sign, operand.children[0]).strip():
+            return make(s.Literal_, value=-self.number(operand.children[0]), span=span_of(tree))
+        return make(s.Unary, op=str(sign), operand=self.value(operand), span=span_of(tree))
+
+    def expr_negate(self, tree: Tree, children: list[Any]) -> s.Unary:
+        return make(s.Unary, op="not", operand=self.value(children[0]), span=span_of(tree))
+
+    def expr_sum(self, tree: Tree, children: list[Any]) -> Any:
+        left = self.value(children[0])
+        start = span_of(children[0])
+        for op, right in zip(children[1::2], children[2::2]):
+            end = span_of(right)
+            span = Span(*start[:2], *end[2:]) if start and end else None
+            left = make(s.Binary, op=str(op), left=left, right=self.value(right), span=span)
+        return left
+
+    expr_product = expr_power = expr_sum
+
+    def expr_or(self, tree: Tree, children: list[Any]) -> s.BoolOp:
+        return make(s.BoolOp, op=tree.data, operands=tuple(self.value(t) for t in children), span=span_of(tree))
+
+    expr_and = expr_or
+
+    def expr_compare(self, tree: Tree, children: list[Any]) -> s.Compare:
+        links = tuple(
+            make(
+                s.Comparison,
+                op=" ".join(str(word) for word in link.children[:-1]),
+                right=self.value(link.children[-1]),
+                span=span_of(link),
+            )
+            for link in children[1:]
+        )
+        return make(s.Compare, left=self.value(children[0]), links=links, span=span_of(tree))
+
+    def expr_if_else(self, tree: Tree, children: list[Any]) -> s.IfElse:
+        then, test, otherwise = (self.value(t) for t in children)
+        return make(s.IfElse, then=then, test=test, otherwise=otherwise, span=span_of(tree))
+
+    # ── words ──
+
+    def number(self, token: Token) -> int | float:
+        text = str(token)
+        if re.search(r"_(?![0-9])", text):
+            self.fail("GP120", "`_` stands between two digits of a number", token, f"write {text.replace('_', '')[:40]}")
+            return 0
+        digits = text.replace("_", "")
+        if token.type == "INT":
+            if len(digits) > 19 or int(digits) >= 2**63:
+                self.fail("GP120", "this number does not fit in 64 bits", token, f"it has {len(digits)} digits")
+                return 0
+            return int(digits)
+        value = float(digits)
+        if value == float("inf"):
+            self.fail("GP120", "this number is larger than a float can be", token, "the largest is about 1.8e308")
+            return 0.0
+        return value
+
+    def text(self, token: Token) -> str:
+        try:
+            return unquote(str(token))
+        except BadEscape as error:
+            start = _walk(token, error.start)
+            end = _walk(token, error.end)
+            self.fail("GP121", f"`{error.text}` means nothing in a string", Span(*start, *end), "a backslash is written \\\\")
+            return ""
+
+    def between(self, first: Token, second: Token) -> str:
+        return self.source.text[first.end_pos : second.start_pos]
+
+
+def _tight(token: Token) -> str:
+    return re.sub(r"\s+", "", str(token))
+
+
+def _alternatives(token: Token) -> tuple[Span, ...]:
+    """The places of the alternatives of all `{}` in a word."""
+    return tuple(
+        Span(*_walk(token, brace.start() + 1 + word.start()), *_walk(token, brace.start() + 1 + word.end()))
+        for brace in re.finditer(r"\{([^}]*)\}", token)
+        for word in re.finditer(r"[^\s,]+", brace[1])
+    )
+
+
+def _walk(token: Token, offset: int) -> tuple[int, int]:
+    """The line and column of an offset in a token."""
+    before = str(token)[:offset]
+    line, column = token.line or 1, token.column or 1
+    newlines = before.count("\n")
+    return (line + newlines, offset - before.rfind("\n")) if newlines else (line, column + offset)
+
+
+def _deeper_than(node: Any, limit: int) -> bool:
+    level = [node]
+    for _ in range(limit):
+        level = [child for item in level for child in _operands(item)]
+        if not level:
+            return False
+    return True
+
+
+def _operands(node: Any) -> list[Any]:
+    if isinstance(node, s.Binary):
+        return [node.left, node.right]
+    if isinstance(node, s.Unary):
+        return [node.operand]
+    if isinstance(node, s.BoolOp):
+        return list(node.operands)
+    if isinstance(node, s.Compare):
+        return [node.left, *(link.right for link in node.links)]
+    if isinstance(node, s.IfElse):
+        return [node.then, node.test, node.otherwise]
+    if isinstance(node, s.Item):
+        return [node.value, node.index]
+    if isinstance(node, s.ListExpr):
+        return list(node.items)
+    if isinstance(node, s.Call):
+        return [arg.value for arg in node.args]
+    return []

@@ -1,0 +1,594 @@
+"""What went wrong at a word that cannot stand where it stands, said the way the writer meant it.
+
+`explain` tries the habits people bring from Python, CSS, YAML, C and regexes, most specific first; where none fits it says
+what could have stood there, in the words of the language.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lark import Token
+
+from .diagnostics import Diagnostic, Place, Source, Span, did_you_mean
+from .syntax import KEYWORDS
+
+STATEMENTS = ("use", "param", "alias", "require", "when", "patch", "freeze", "train", "map")
+CLAUSES = ("with", "then", "where", "except", "expect", "per", "as", "overrides", "using")
+_OPENING = {"LPAR": ("(", ")"), "LSQB": ("[", "]"), "LBRACE": ("{", "}")}
+_CLOSING = {"RPAR": "LPAR", "RSQB": "LSQB", "RBRACE": "LBRACE"}
+
+
+@dataclass(frozen=True)
+class Spot:
+    """Where reading stopped."""
+
+    source: Source
+    offset: int
+    expected: set[str]
+    """The grammar's names of what could have stood here."""
+    words: list[Token]
+    """The words of the unfinished statement that are not yet part of something."""
+    last: Token | None
+    """The word before."""
+    start: str
+
+    @property
+    def text(self) -> str:
+        return self.source.text
+
+    @property
+    def rest(self) -> str:
+        return self.text[self.offset : self.offset + 200]
+
+    @property
+    def word(self) -> str:
+        match = re.match(r"[A-Za-z_]\w*", self.rest)
+        return match[0] if match else ""
+
+    @property
+    def chunk(self) -> str:
+        """What stands here up to the next space."""
+        match = re.match(r"\S+", self.rest)
+        return match[0] if match else ""
+
+    @property
+    def around(self) -> tuple[int, int]:
+        """The run of characters without a space that this spot is in."""
+        start = self.offset
+        while start > 0 and not self.text[start - 1].isspace() and self.offset - start < 200:
+            start -= 1
+        return start, self.offset + len(self.chunk)
+
+    @property
+    def statement(self) -> str:
+        """The keyword of the statement we are in."""
+        return next((str(t) for t in reversed(self.words) if t in STATEMENTS and t.type.lower() == t), "")
+
+    @property
+    def clause(self) -> str:
+        """The keyword of the clause or statement that was last begun."""
+        known = (*STATEMENTS, *CLAUSES)
+        return next((str(t) for t in reversed(self.words) if t in known and t.type.lower() == t), "")
+
+    @property
+    def bracket(self) -> Token | None:
+        """The innermost bracket that is open."""
+        closed: list[str] = []
+        for token in reversed(self.words):
+            if token.type in _CLOSING:
+                closed.append(_CLOSING[token.type])
+            elif token.type in _OPENING:
+                if closed and closed[-1] == token.type:
+                    closed.pop()
+                else:
+                    return token
+        return None
+
+    @property
+    def at_statement(self) -> bool:
+        return "PATCH" in self.expected and "WITH" not in self.expected and "VBAR" not in self.expected
+
+    @property
+    def wants_value(self) -> bool:
+        return "DOTTED" in self.expected and "INT" in self.expected
+
+    @property
+    def wants_selector(self) -> bool:
+        return "SEGMENT" in self.expected
+
+    @property
+    def after_selector(self) -> bool:
+        return "VBAR" in self.expected
+
+    @property
+    def after_value(self) -> bool:
+        return "TIMES" in self.expected
+
+    def span(self, start: int, end: int) -> Span:
+        text = self.text
+        end = max(end, start + 1)
+        return Span(*_position(text, start), *_position(text, min(end, len(text)) if start < len(text) else end))
+
+    def finding(self, code: str, title: str, start: int, end: int, label: str, *fixes: str) -> Diagnostic:
+        return Diagnostic(code, title, (Place(self.source, self.span(start, end), label),), fixes=fixes)
+
+    def here(self, code: str, title: str, length: int, label: str, *fixes: str) -> Diagnostic:
+        return self.finding(code, title, self.offset, self.offset + length, label, *fixes)
+
+
+def _position(text: str, offset: int) -> tuple[int, int]:
+    return text.count("\n", 0, offset) + 1, offset - text.rfind("\n", 0, offset)
+
+
+def explain(spot: Spot) -> tuple[Diagnostic, int]:
+    """What is wrong, and the offset from which a next statement is to be looked for."""
+    if _swallowed(spot):
+        assert spot.last is not None and spot.last.start_pos is not None
+        start = spot.last.start_pos
+        bracket = _unclosed(spot)
+        if bracket is not None:
+            return bracket, start
+        wanted = "a selector" if spot.last.type in ("SEGMENT",) else "a name" if spot.last.type == "NAME" else "a value"
+        before = re.search(r"(\S+)\s*$", spot.text[:start])
+        title = f"{wanted} is missing" + (f" after `{_short(before[1])}`" if before else "")
+        label = f"`{spot.last}` begins the next part"
+        return spot.finding("GP101", title, start, start + len(spot.last), label), start
+    for habit in _HABITS:
+        finding = habit(spot)
+        if finding is not None:
+            resume = spot.offset + (1 if finding.code == "GP109" else 0)
+            return finding, resume
+    return _generic(spot), spot.offset
+
+
+def _swallowed(spot: Spot) -> bool:
+    """Whether the word before was taken for a name, and was meant as the keyword it is."""
+    last = spot.last
+    if last is None or last.type not in ("SEGMENT", "DOTTED", "NAME") or last.end_pos is None:
+        return False
+    if last not in (*STATEMENTS, *CLAUSES) or spot.text[last.end_pos : last.end_pos + 1] not in (" ", "\t", "\n", "\r"):
+        return False
+    # A name that happens to be a keyword is followed by what may follow a name.
+    return bool(spot.word or spot.rest[:1] in "\"'@^0123456789:{" and spot.rest[:1])
+
+
+# ── what people bring from elsewhere ─────────────────────────────────────────────────────────────────────────────────
+
+
+def _json(spot: Spot) -> Diagnostic | None:
+    head = spot.text.lstrip()[:1]
+    if spot.start == "start" and spot.at_statement and head in "{[" and spot.text[: spot.offset].strip() == "":
+        return spot.here(
+            "GP111", "this is JSON, not a rule file", 1, "", "rules as JSON are read by RuleSet.from_json; a rule file begins patch, use ..."
+        )
+    return None
+
+
+def _yaml(spot: Spot) -> Diagnostic | None:
+    match = re.match(r"(-[ \t]+)?([A-Za-z_][\w-]*)[ \t]*:(?=\s)[ \t]*([^\n]*)|---|-[ \t]", spot.rest)
+    if not (spot.start == "start" and spot.at_statement and match):
+        return None
+    return spot.here(
+        "GP111",
+        "this is YAML, not a rule file",
+        len(match[0].rstrip()),
+        "a rule is one statement: patch layers[*].**.q_proj with lora(rank=16)",
+    )
+
+
+def _old_keyword(spot: Spot) -> Diagnostic | None:
+    if spot.word == "else" or spot.word == "elif":
+        if spot.at_statement:
+            return spot.here("GP110", f"there is no `{spot.word}`", 4, "write a second `when` with the opposite test: when not ... { }")
+        if spot.after_value:
+            return spot.here("GP110", "`else` without `if`", 4, "write x if test else y")
+    if not spot.at_statement:
+        return None
+    meant = {
+        "if": "when",
+        "import": "use",
+        "include": "use",
+        "from": "use",
+        "let": "param",
+        "var": "param",
+        "set": "param",
+        "def": "alias",
+        "assert": "require",
+        "apply": "patch",
+        "replace": "patch",
+        "unfreeze": "train",
+        "rename": "map",
+        "with": "patch",
+        "match": "patch",
+        "select": "patch",
+    }.get(spot.word.lower())
+    if meant and spot.bracket is None or meant:
+        return spot.here("GP125", f"a statement cannot begin with `{spot.word}`", len(spot.word), f"did you mean `{meant}`?")
+    if spot.word in ("use", "param", "alias"):
+        return spot.here(
+            "GP130", f"`{spot.word}` cannot depend on a `when`", len(spot.word), "move it out of the braces, to the top of the file"
+        )
+    return None
+
+
+def _logic(spot: Spot) -> Diagnostic | None:
+    rest = spot.rest
+    for sign, word in (("&&", "and"), ("||", "or")):
+        if rest.startswith(sign) or (sign == "||" and rest.startswith("|") and spot.text[spot.offset - 1 : spot.offset] == "|"):
+            start = spot.offset - (0 if rest.startswith(sign) else 1)
+            if sign == "||" and (spot.wants_selector or spot.after_selector):
+                return spot.finding("GP106", "`||` is written `|` between selectors", start, start + 2, "write |")
+            if sign == "&&" and spot.after_selector:
+                return spot.finding(
+                    "GP106", "selectors have no `and`", start, start + 2, "`|` is any of; `where` tests more about a module"
+                )
+            return spot.finding("GP106", f"`{sign}` is written `{word}`", start, start + 2, f"write {word}")
+    if rest[:1] == "&" and (spot.after_value or spot.after_selector):
+        return spot.here("GP106", "`&` is written `and`", 1, "write and")
+    if rest[:1] == "|" and spot.after_value and not spot.after_selector:
+        return spot.here("GP106", "`|` is written `or` between values", 1, "write or")
+    if rest[:1] in ("!", "~") and not rest.startswith("!="):
+        if spot.wants_selector and not spot.wants_value:
+            return spot.here("GP106", "a selector has no `not`", 1, "select more, and leave these out with `except`")
+        return spot.here("GP106", f"`{rest[0]}` is written `not`", 1, "write not")
+    return None
+
+
+def _semicolon(spot: Spot) -> Diagnostic | None:
+    if spot.rest[:1] != ";":
+        return None
+    if spot.bracket is not None and spot.bracket.type != "LBRACE":
+        return spot.here("GP101", "`;` parts nothing here", 1, "write a comma")
+    return spot.here("GP109", "statements need no `;`", 1, "drop it: each statement begins with its keyword")
+
+
+def _slice(spot: Spot) -> Diagnostic | None:
+    bracket = spot.bracket
+    if bracket is None or bracket.type != "LSQB" or bracket.start_pos is None:
+        return None
+    inside = re.match(r"\[\s*(-?\d*)\s*(\.\.\.?=?|-|\bto\b|\u2013|~)\s*(-?\d*)\s*(?=[\],])", spot.text[bracket.start_pos :][:80])
+    if not inside or not (inside[1] or inside[3]):
+        return None
+    start, stop = bracket.start_pos + 1, bracket.start_pos + inside.end()
+    while spot.text[start].isspace():
+        start += 1
+    first, last = inside[1], inside[3]
+    if re.fullmatch(r"\d{1,9}", last):
+        count = int(last) + 1
+        label = f"write {first}:{count}"
+        label += f" for the first {_NUMBERS.get(count, count)}" if first in ("", "0") else f" for {first} to {last}"
+        label += " (the end is not included, as in Python)"
+    else:
+        label = f"write {first}:{last} (the end is not included, as in Python)"
+    return spot.finding("GP104", "a slice is written with a colon", start, stop, label)
+
+
+_NUMBERS = dict(enumerate("none one two three four five six seven eight nine ten eleven twelve".split()))
+
+
+def _comma(spot: Spot) -> Diagnostic | None:
+    if spot.rest[:1] == "," and spot.after_selector and (spot.bracket is None or spot.bracket.type == "LBRACE"):
+        return spot.here("GP107", "selectors are parted by `|`", 1, "write a | b, or {a,b} within one name")
+    return None
+
+
+def _child(spot: Spot) -> Diagnostic | None:
+    if not (spot.after_selector or (spot.wants_selector and not spot.wants_value)):
+        return None
+    if spot.rest[:1] == ">" and not spot.rest.startswith(">="):
+        return spot.here("GP108", "a child is written with a dot", 1, "write a.b, or a.**.b for any depth")
+    if spot.rest[:1] in ("/", "\\") and spot.last is not None and spot.last.type in ("SEGMENT", "RSQB"):
+        if spot.rest[:1] == "/":
+            return spot.here("GP108", "a child is written with a dot", 1, "write a.b")
+    if spot.rest.startswith("::"):
+        return spot.here("GP108", "a child is written with a dot", 2, "write a.b")
+    if spot.rest[:1] == "#" and not spot.wants_selector:
+        return None
+    return None
+
+
+def _dots(spot: Spot) -> Diagnostic | None:
+    if spot.wants_selector and not spot.wants_value and spot.rest[:1] == "[" and spot.last is not None and spot.last == ".":
+        return spot.finding(
+            "GP101", "an index follows its name without a dot", spot.offset - 1, spot.offset + 1, "write layers[0], not layers.[0]"
+        )
+    if spot.last is not None and spot.last == "." and spot.rest[:1] == "." and spot.wants_selector:
+        return spot.here("GP101", "two dots in a row", 1, "write a.b for a child, a.**.b for any depth")
+    return None
+
+
+def _regex(spot: Spot) -> Diagnostic | None:
+    if not (spot.wants_selector or spot.after_selector) or spot.wants_value:
+        return None
+    start, end = spot.around
+    run = spot.text[start:end]
+    if spot.rest[:1] not in ("\\", "(", "$", "+", ".", ")", "[", "]") and not re.search(r"\\[.dwsDWS]", run):
+        return None
+    if spot.rest[:1] == "/" or run.startswith("/"):
+        return None
+    if spot.rest[:1] in ("(", ")") and spot.after_selector and not re.search(r"\(\w+(\|\w+)+\)|\\|\(\?", run):
+        return None
+    if spot.rest[:1] in ("[", "]") and not re.search(r"\\|\(|\$$|\]\+|\]\*", run):
+        return None
+    if spot.rest[:1] == "." and not re.match(r"\.[*+]|\.\\", spot.rest):
+        return None
+    choice = re.fullmatch(r"(?:[.*]*?\.)?([\w]*)\((\w+(?:\|\w+)+)\)(\w*)\$?", run)
+    if choice:
+        plain = f"{choice[1]}{{{choice[2].replace('|', ',')}}}{choice[3]}"
+        return spot.finding("GP114", "alternatives within a name stand in braces", start, end, f"write {plain}")
+    simple = re.fullmatch(r"(?:\.\*)?(?:\\?\.)?([\w.]+)\$?", run)
+    if simple and run[-1:] in "$" + simple[1][-1:]:
+        return spot.finding(
+            "GP114", "a selector is no regex", start, end, f"write {simple[1]}: the left end is open and the right end fixed anyway"
+        )
+    return spot.finding("GP114", "a regex stands between slashes", start, end, f"write /{_short(run)}/; it matches the whole name")
+
+
+def _assignment(spot: Spot) -> Diagnostic | None:
+    if spot.rest[:1] != "=" or spot.rest.startswith("=="):
+        if spot.rest.startswith("===") or (spot.rest[:1] == "=" and spot.last is not None and spot.last == "=="):
+            return spot.here("GP112", "`===` is written `==`", 1, "write ==")
+        return None
+    if spot.after_value:
+        return spot.here("GP112", "`=` gives a value, `==` compares", 1, "write ==")
+    if spot.clause == "expect":
+        return spot.here("GP112", "`expect` compares with `==`", 1, "write the number alone: expect 4")
+    if spot.statement == "patch":
+        return spot.here("GP115", "what to do stands behind `with`", 1, "write with")
+    return None
+
+
+def _clause(spot: Spot) -> Diagnostic | None:
+    """A word where a clause, an operator or the next statement should begin."""
+    word = spot.word
+    if not word or not ("WITH" in spot.expected or "WHERE" in spot.expected or "PER" in spot.expected):
+        return None
+    if spot.bracket is not None and spot.bracket.type != "LBRACE":
+        return None
+    near = did_you_mean(word, [k.lower() for k in spot.expected if k.lower() in (*CLAUSES, *STATEMENTS)])
+    called = spot.rest[len(word) :].lstrip()[:1] == "("
+    if "WITH" in spot.expected and called and "with" not in near and not any(t == "with" for t in spot.words):
+        name = re.match(r"[\w.]+", spot.rest)
+        return spot.here("GP115", "`with` is missing", len(name[0] if name else word), f"write with {name[0] if name else word}(...)")
+    if spot.clause == "expect" and word in ("at", "in", "of", "for", "each", "every"):
+        return spot.here("GP125", f"`{word}` has no meaning here", len(word), "write expect 4 per layers[*], or expect >= 4")
+    if word in ("and", "or", "not", "but") and spot.after_selector:
+        return spot.here(
+            "GP106", f"selectors have no `{word}`", len(word), "write | for any of, `except` for all but; `where` tests more about a module"
+        )
+    if near:
+        return spot.here("GP125", f"no clause is called `{word}`", len(word), near)
+    if word in STATEMENTS or word in KEYWORDS:
+        return None
+    if spot.after_selector:
+        return spot.here(
+            "GP125", f"no clause is called `{word}`", len(word), f"a module below is written with a dot: ... .**.{word}", _clauses(spot)
+        )
+    return spot.here("GP125", f"no clause is called `{word}`", len(word), _clauses(spot))
+
+
+def _statement(spot: Spot) -> Diagnostic | None:
+    if not spot.at_statement or not spot.word or spot.start != "start":
+        return None
+    near = did_you_mean(spot.word.lower(), STATEMENTS)
+    if re.match(r"\w+\s*=[^=]", spot.rest):
+        near = f"write param {spot.word} = ... or alias {spot.word} = ..."
+    label = near or "a statement begins with use, param, alias, require, when, patch, freeze, train or map"
+    return spot.here("GP125", f"no statement begins with `{spot.word}`", len(spot.word), label)
+
+
+def _string(spot: Spot) -> Diagnostic | None:
+    quote = spot.rest[:1]
+    if quote in ("\u201c", "\u201d", "\u2018", "\u2019", "`"):
+        return spot.here("GP102", f"`{quote}` is no quote of the language" if quote != "`" else "a backtick quotes nothing", 1, 'write "')
+    if quote in ("'", '"') and quote:
+        line = spot.text[spot.offset :].split("\n", 1)[0].rstrip("\r")
+        if not re.match(r'"(?:\\.|[^"\\])*"' if quote == '"' else r"'(?:\\.|[^'\\])*'", line):
+            return spot.finding("GP102", "this string is never closed", spot.offset, spot.offset + len(line), f"close it with {quote} on the same line")
+    return None
+
+
+def _braces(spot: Spot) -> Diagnostic | None:
+    if spot.rest[:1] != "{" or not spot.wants_selector:
+        if spot.rest[:1] == "{" and spot.last is not None and spot.bracket is None and spot.after_selector and "SEGMENT" not in spot.expected:
+            line = re.match(r"\{[^}\n]*\}", spot.rest)
+            if line and spot.last.end_pos == spot.offset:
+                return _bad_braces(spot, line[0])
+        return None
+    body = re.match(r"\{[^}]*\}", spot.rest)
+    if not body:
+        return spot.here("GP103", "`{` is never closed", 1, "write {a,b} with a closing brace")
+    return _bad_braces(spot, body[0])
+
+
+def _bad_braces(spot: Spot, body: str) -> Diagnostic:
+    if re.search(r"\{\s*\}|\{\s*,|,\s*,|,\s*\}", body):
+        return spot.here("GP126", "an alternative in braces is empty", len(body), "write {a,b}; for a part that may be absent write two selectors with |")
+    if re.fullmatch(r"\{\s*\d+\s*(\.\.|-|:)\s*\d+\s*\}", body):
+        return spot.here("GP104", "a range of indices stands in brackets", len(body), "write layers[0:12]")
+    if "{" in body[1:]:
+        return spot.here("GP126", "braces cannot stand in braces", len(body), "write all alternatives in one pair")
+    if "|" in body:
+        return spot.here("GP126", "alternatives in braces are parted by commas", len(body), f"write {_short(body.replace('|', ','))}")
+    return spot.here("GP126", "braces hold names, parted by commas", len(body), "write {q,k,v}_proj")
+
+
+def _paths(spot: Spot) -> Diagnostic | None:
+    if spot.clause == "use" and re.match(r"[./~\\]|\w+/", spot.rest):
+        return spot.here("GP124", "a path stands in quotes", len(spot.chunk), f'write use "{_short(spot.chunk)}"')
+    if spot.clause == "use" and spot.last is not None and spot.rest[:1] in "/-." and spot.rest[:1]:
+        start, end = spot.around
+        return spot.finding("GP124", "a path stands in quotes", start, end, f'write use "{_short(spot.text[start:end])}"')
+    return None
+
+
+def _hyphen(spot: Spot) -> Diagnostic | None:
+    if spot.rest[:1] == "-" and spot.after_selector and spot.last is not None and spot.last.end_pos == spot.offset:
+        start = spot.last.start_pos or 0
+        name = re.match(r"[\w-]+", spot.text[start:])
+        if name and spot.last.type == "SEGMENT":
+            return spot.finding("GP124", "a name with `-` stands in quotes", start, start + len(name[0]), f'write "{_short(name[0])}"')
+    return None
+
+
+def _arguments(spot: Spot) -> Diagnostic | None:
+    """`with lora rank=16`, `lora{rank: 16}`, `lora(rank: 16)`."""
+    rest, last = spot.rest, spot.last
+    if last is None:
+        return None
+    in_call = spot.bracket is not None and spot.bracket.type == "LPAR"
+    if in_call and rest[:1] == ":" and last.type == "DOTTED":
+        return spot.here("GP112", "an argument is given with `=`", 1, f"write {last}=...")
+    if in_call and spot.after_value and (spot.word or rest[:1] in "\"'$" and rest[:1]) and spot.word not in KEYWORDS:
+        return spot.here("GP101", "a comma is missing", 1, f"write a comma before {_short(spot.chunk)}")
+    if last.type == "DOTTED" and spot.clause in ("with", "then", "using") and "LPAR" in spot.expected:
+        if re.match(r"\w+\s*=[^=]", rest) or rest[:1] in ("{", "[", ":"):
+            return spot.here("GP101", "arguments stand in parentheses", len(spot.word) or 1, f"write {last}(name=value)")
+    return None
+
+
+def _power(spot: Spot) -> Diagnostic | None:
+    if spot.after_value and spot.rest[:1] == "^":
+        return spot.here("GP101", "a power is written `**`", 1, "write **")
+    if spot.after_value and spot.rest[:1] == "?":
+        return spot.here("GP101", "a choice is written as in Python", 1, "write x if test else y")
+    return None
+
+
+def _comment(spot: Spot) -> Diagnostic | None:
+    if spot.rest.startswith(("//", "--", "/*", "<!--")) and (spot.at_statement or spot.after_selector):
+        return spot.here("GP101", "a comment begins with `#`", 2, "write #")
+    return None
+
+
+def _grouping(spot: Spot) -> Diagnostic | None:
+    if spot.rest[:1] == "(" and spot.wants_selector and not spot.wants_value:
+        return spot.here("GP101", "selectors are not grouped with parentheses", 1, "write the branches whole, a.b | a.c, or use {b,c}")
+    return None
+
+
+def _number(spot: Spot) -> Diagnostic | None:
+    match = re.match(r"[0-9][\w.]*", spot.rest)
+    if not match:
+        return None
+    if spot.wants_value or "INT" in spot.expected:
+        if re.fullmatch(r"0[xXoObB][0-9A-Fa-f_]+", match[0]) and len(match[0]) < 20:
+            return spot.here("GP120", "numbers are written in decimal", len(match[0]), f"write {int(match[0], 0)}")
+        return spot.here("GP120", f"`{_short(match[0])}` is no {'number' if spot.wants_value else 'index'}", len(match[0]), "a name that begins with a digit stands in quotes")
+    return None
+
+
+def _unclosed_finding(spot: Spot) -> Diagnostic | None:
+    """A bracket that is still open where a statement begins or the text ends."""
+    if spot.rest == "" or spot.word in STATEMENTS or spot.word in CLAUSES or spot.rest[:1] in (")", "]", "}"):
+        return _unclosed(spot)
+    return None
+
+
+def _unclosed(spot: Spot) -> Diagnostic | None:
+    bracket = spot.bracket
+    if bracket is None or bracket.start_pos is None:
+        return None
+    if bracket.type == "LBRACE" and (spot.rest != "" or not spot.at_statement):
+        return None
+    sign, close = _OPENING[bracket.type]
+    if spot.rest[:1] == close:
+        return None
+    start = bracket.start_pos
+    return spot.finding("GP103", f"`{sign}` is never closed", start, start + 1, f"a `{close}` is missing")
+
+
+def _stray(spot: Spot) -> Diagnostic | None:
+    close = spot.rest[:1]
+    if close in (")", "]", "}") and close and (spot.bracket is None or _OPENING[spot.bracket.type][1] != close):
+        opening = {")": "(", "]": "[", "}": "{"}[close]
+        return spot.here("GP103", f"`{close}` closes nothing", 1, f"no `{opening}` is open here")
+    return None
+
+
+_HABITS: tuple[Callable[[Spot], Diagnostic | None], ...] = (
+    _json,
+    _yaml,
+    _semicolon,
+    _string,
+    _slice,
+    _unclosed_finding,
+    _stray,
+    _old_keyword,
+    _logic,
+    _comma,
+    _comment,
+    _paths,
+    _child,
+    _dots,
+    _hyphen,
+    _regex,
+    _grouping,
+    _braces,
+    _assignment,
+    _arguments,
+    _power,
+    _number,
+    _clause,
+    _statement,
+)
+
+# ── the rest ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _generic(spot: Spot) -> Diagnostic:
+    wanted = _wanted(spot)
+    if spot.rest.strip() == "":
+        last = spot.last
+        start = last.start_pos if last is not None and last.start_pos is not None else 0
+        end = last.end_pos if last is not None and last.end_pos is not None else len(spot.text)
+        return spot.finding("GP101", "the text ends in the middle of a statement" if spot.start == "start" else "something is missing", start, end, f"expected {wanted} behind this")
+    found = spot.word or _short(re.match(r"\S", spot.rest)[0] if re.match(r"\S", spot.rest) else spot.rest[:1])
+    return spot.here("GP101", f"`{found}` cannot stand here", len(found), f"expected {wanted}")
+
+
+def _wanted(spot: Spot) -> str:
+    """What could have stood here, in the words of the language."""
+    expected = spot.expected
+    parts: list[str] = []
+    if spot.wants_value:
+        parts.append("a value")
+    elif "INT" in expected and "COLON" in expected:
+        parts.append("an index, a slice such as 0:12, or `*`")
+    elif "INT" in expected:
+        parts.append("an integer, $name or (expression)")
+    elif "ROOT" in expected:
+        parts.append("a selector")
+    elif "SEGMENT" in expected:
+        parts.append("a name")
+    elif "DOTTED" in expected:
+        parts.append("a packaged name or a path in quotes" if spot.clause == "use" else "the name of an op")
+    elif "NAME" in expected:
+        parts.append("a name")
+    elif "CLASS" in expected:
+        parts.append("the name of a class")
+    if spot.after_value:
+        parts.append("an operator")
+    signs = {"VBAR": "|", "DOT": ".", "EQUAL": "=", "COMMA": ",", "RPAR": ")", "RSQB": "]", "RBRACE": "}", "LPAR": "(", "LBRACE": "{", "__ANON_0": "->", "ELSE": "else", "IN": "in"}
+    if not parts or not spot.after_value:
+        parts += [f"`{sign}`" for name, sign in signs.items() if name in expected and name != "IN"]
+    elif spot.after_value:
+        parts += [f"`{signs[name]}`" for name in ("COMMA", "RPAR", "RSQB", "LBRACE", "ELSE") if name in expected]
+    if "WITH" in expected or "WHERE" in expected:
+        parts.append("a clause (" + ", ".join(w for w in CLAUSES if w.upper() in expected and w not in ("then", "per")) + ")")
+    if spot.at_statement:
+        parts.append("a statement (" + ", ".join(w for w in STATEMENTS if w.upper() in expected) + ")")
+    elif "PATCH" in expected:
+        parts.append("the next statement")
+    return " or ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts) or "the end"
+
+
+def _clauses(spot: Spot) -> str:
+    return "the clauses are " + ", ".join(w for w in CLAUSES if w.upper() in spot.expected)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -1,0 +1,108 @@
+"""Carry out a plan: all of it, or nothing."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..lang.diagnostics import ApplyError, Diagnostic, Error
+from ..tree.tree import Tree
+from .change import ModuleChange
+from .drift import bind, unwrapped
+from .grads import set_flags
+from .imports import brief
+from .patch import Patch, undo
+from .preflight import Preflight
+from .record import JOURNALS, Journal, journals_of
+from .refuse import refuse_distributed
+
+if TYPE_CHECKING:
+    from ..plan.plan import Plan
+    from ..plan.ruleset import RuleSet
+
+
+def apply(
+    model: nn.Module,
+    rules: str | PathLike[str] | RuleSet,
+    /,
+    *,
+    adapter: str | None = None,
+    allow_import: Sequence[str] = (),
+    **params: Any,
+) -> Patch:
+    """Plan `rules` (a file, a packaged name, or what `load` and `parse` give) against `model`, and apply the plan.
+
+    `params` are the values of the rules' params; `adapter` names the adapter they add; `allow_import` are patterns of
+    import paths (`"mypkg.*"`) that `replace` and `wrap` may import. What the plan warns of is warned of here.
+
+    Raises `RuleError`, `PlanError` or `ApplyError`; then nothing has changed.
+    """
+    if isinstance(rules, (str, PathLike)):
+        from ..plan.ruleset import load
+
+        rules = load(rules, **params)
+    elif params:
+        names = ", ".join(params)
+        fix = f"graphpatch.load(file, {names}=...), or give apply the file itself"
+        raise ApplyError(Diagnostic("GP519", f"a loaded rule set has its params already: {names}", fixes=(fix,)))
+    plan = rules.plan(model, adapter=adapter, allow_import=allow_import)
+    for diagnostic in plan.warnings:
+        warnings.warn(diagnostic.render(), stacklevel=2)
+    return apply_plan(plan, model)
+
+
+def apply_plan(plan: Plan, model: nn.Module, allow_import: Sequence[str] = ()) -> Patch:
+    """Change `model` as `plan` says and return the handle; the same handle where the model carries this plan already.
+
+    Raises `ApplyError` where the model is not the one planned for, or cannot be changed; then nothing has changed.
+    An interruption (KeyboardInterrupt) is passed on, after everything was taken back.
+    """
+    root = unwrapped(model)
+    for journal in journals_of(root):
+        if journal.id == plan.id:
+            return Patch(root, journal)
+    tree = bind(plan.tree, model)
+    nodes = [node for step in plan.steps for node in step.nodes]
+    refuse_distributed(model, tree, nodes)
+    changes = Preflight(plan.id, tree, plan.grads, (*plan.allow_import, *allow_import)).changes(plan.steps)
+
+    journal = Journal(plan.id, plan.record, tree.names, tree.parents)
+    try:
+        # Parameters made in inference mode could never be trained.
+        with torch.inference_mode(False), torch.no_grad():
+            for change in changes:
+                journal.changes.append(change)
+                change.do()
+            if plan.grads is not None:
+                if any(isinstance(change, ModuleChange) for change in changes):
+                    _freeze_anew(plan, tree, root, journal)
+                else:
+                    set_flags(tree, plan.grads, None, journal.flags)
+        root.__dict__[JOURNALS] = [*journals_of(root), journal]
+    except BaseException as error:
+        undo(root, journal)
+        if isinstance(error, Error) or not isinstance(error, Exception):
+            raise
+        raise ApplyError(
+            Diagnostic(
+                "GP510",
+                "applying failed half-way, and the model is as it was before",
+                text=(brief(error),),
+            )
+        ) from error
+    return Patch(root, journal)
+
+
+def _freeze_anew(plan: Plan, tree: Tree, root: nn.Module, journal: Journal) -> None:
+    """Decide the flags on the model as it stands: no plan can know the parameters of modules that were just built."""
+    # A plan made on another model of the same shape, or read from a file, has not these modules.
+    bound = plan if plan.tree is tree else replace(plan, tree=tree)
+    now = bound.refreeze(root)
+    if now is not None:
+        set_flags(now.tree, now.grads, now.added, journal.flags)

@@ -1,0 +1,247 @@
+"""The handle on an applied plan."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..lang.diagnostics import ApplyError, Diagnostic
+from .change import FastPathChange, InPlaceChange, ModuleChange
+from .grads import restore_flags
+from .probe import silent_modules
+from .record import JOURNALS, Journal, journals_of, roots
+from .subclass import bypassed, is_foreign
+
+
+class Applied(NamedTuple):
+    """One op on one module, as it was done."""
+
+    path: str
+    rule: str
+    """Where the rule stands: `lora.rules:5`."""
+    op: str
+    """The op as a rule writes it: `lora(rank=16)`."""
+
+
+class Patch:
+    """What one `apply` did to a model. `patches(model)` gives it back, also from a copy or an unpickled model."""
+
+    def __init__(self, model: nn.Module, journal: Journal):
+        self.model, self._journal = model, journal
+
+    @property
+    def id(self) -> str:
+        """The id of the plan."""
+        return self._journal.id
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """The rules and parameters it came from, as JSON values."""
+        return self._journal.record
+
+    @property
+    def changes(self) -> list[Applied]:
+        """What was done, rule by rule, one entry a module and op."""
+        path = self._journal.path
+        return [
+            Applied(path(node), change.mark.rule, change.mark.op)
+            for change in self._journal.changes
+            if not isinstance(change, FastPathChange)
+            for node in change.nodes
+        ]
+
+    # ── parameters ──
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Every parameter of the model that requires grad, tied ones once: what to give to an optimizer.
+
+        That is what the file's `freeze` and `train` left, whether a patch added it or not.
+        """
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def adapter_state_dict(self) -> dict[str, torch.Tensor]:
+        """The parameters that this patch added, by the name they have in the model's `state_dict()`, detached."""
+        found: dict[str, torch.Tensor] = {}
+        for change in self._journal.changes:
+            for at, (node, module) in enumerate(zip(change.nodes, change.modules)):
+                path = self._journal.path(node)
+                if isinstance(change, InPlaceChange):
+                    new: dict[str, Any] = {name: getattr(module, name) for name in change.added}
+                elif isinstance(change, ModuleChange):
+                    kept = {id(p) for p in change.originals[at].parameters()}
+                    new = {name: p for name, p in module.named_parameters() if id(p) not in kept}
+                else:
+                    new = {}
+                found.update({f"{path}.{name}" if path else name: p.detach() for name, p in new.items()})
+        return found
+
+    # ── on and off ──
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within, the model computes as if this patch were not there. Parameters stay registered and keep their flags,
+        so this also works on a model that was sharded or replicated after patching."""
+        self._refuse_gone()
+        journal = self._journal
+        if journal.disabled:
+            yield
+            return
+        with ExitStack() as stack:
+            journal.disabled = True
+            stack.callback(setattr, journal, "disabled", False)
+            for change in reversed(journal.changes):
+                stack.enter_context(change.switched_off())
+            yield
+
+    def probe(self, batch: Any, strict: bool = True) -> list[str]:
+        """Run the model once on `batch` and name the rewritten modules whose rewrite was never reached.
+
+        `batch` is a dict (keyword arguments), a tuple or list (positional ones) or a single value. The run is in eval
+        mode without gradients, and leaves modes, buffers and the random state as they were. Returns the paths of
+        the silent modules; with `strict`, raises `ApplyError` (GP514) if there are any.
+        """
+        self._refuse_gone()
+        targets = {
+            id(module): (module, self._journal.path(node))
+            for change in self._journal.changes
+            if isinstance(change, (InPlaceChange, ModuleChange))
+            for node, module in zip(change.nodes, change.modules)
+        }
+        silent = silent_modules(self.model, batch, list(targets.values()))
+        if silent and strict:
+            shown = ", ".join(f"`{path or '^'}`" for path in silent[:8])
+            raise ApplyError(
+                Diagnostic(
+                    "GP514",
+                    f"{len(silent)} of {len(targets)} rewritten modules were not called on this batch",
+                    text=(shown + (f" and {len(silent) - 8} more" if len(silent) > 8 else ""),),
+                    fixes=(
+                        "code that reads a module's weight without calling it passes the rewrite by: leave those out",
+                        "a batch need not reach them all (routed experts): patch.probe(batch, strict=False) lists them",
+                    ),
+                )
+            )
+        return silent
+
+    # ── undo ──
+    def revert(self) -> None:
+        """Give the model back as it was: the same module objects, classes, attributes and `requires_grad` flags.
+
+        Weights that trained in the meantime keep their values; those that a patch kept frozen are bit-identical.
+        Patches revert in any order, unless a later one changed what this one brought in; raises `ApplyError` (GP508)
+        then, naming it, or where something done to the model since stands in the way.
+        """
+        self._refuse_gone()
+        journal = self._journal
+        if journal.disabled:
+            raise ApplyError(
+                Diagnostic("GP509", "the patch is switched off: leave `with patch.disabled()` to revert it")
+            )
+        self._refuse_hanging()
+        for change in journal.changes:
+            if isinstance(change, InPlaceChange):
+                for at, module in enumerate(change.modules):
+                    if is_foreign(type(module)):
+                        raise self._in_the_way(change.nodes[at], _derived(type(module)))
+                    how = bypassed(module) if "forward" in module.__dict__ else None
+                    if how:
+                        raise self._in_the_way(change.nodes[at], f"its forward was wrapped since ({how})")
+        undo(self.model, journal)
+        self._warn_of_orphans()
+
+    def _refuse_gone(self) -> None:
+        if not any(journal is self._journal for journal in journals_of(self.model)):
+            raise ApplyError(Diagnostic("GP509", "this patch was reverted already"))
+
+    def _refuse_hanging(self) -> None:
+        """A later patch hangs on this one if it changed a module that this one brought."""
+        brought: set[nn.Module] = set()
+        for change in self._journal.changes:
+            if isinstance(change, ModuleChange):
+                for new, original in zip(change.modules, change.originals):
+                    brought.update(set(new.modules()).difference(original.modules()))
+        if not brought:
+            return
+        for other in patches(self.model):
+            if other._journal is self._journal:
+                continue
+            for change in other._journal.changes:
+                if not brought.isdisjoint(change.modules):
+                    raise ApplyError(
+                        Diagnostic(
+                            "GP508",
+                            f"a later patch hangs on this one: {change.mark.rule}, {change.mark.op}",
+                            text=("it changed a module that this patch put into the model",),
+                            fixes=("revert that one first: graphpatch.patches(model)[-1].revert()",),
+                        )
+                    )
+
+    def _in_the_way(self, node: int, why: str) -> ApplyError:
+        return ApplyError(
+            Diagnostic(
+                "GP511",
+                f"`{self._journal.path(node) or '^'}` cannot be changed back: {why}",
+                fixes=(
+                    "take that away first, or revert before it is done",
+                    "`with patch.disabled()` computes without the patch meanwhile",
+                ),
+            )
+        )
+
+    def _warn_of_orphans(self) -> None:
+        inside = set(self.model.modules())
+        orphans = [
+            self._journal.path(node) or "^"
+            for change in self._journal.changes
+            if not isinstance(change, ModuleChange)
+            for node, module in zip(change.nodes, change.modules)
+            if module not in inside
+        ]
+        if orphans:
+            warnings.warn(
+                f"graphpatch: {', '.join(orphans[:8])}: no longer in the model (replaced since the patch, as "
+                "`resize_token_embeddings` does). The module that was patched is as it was before; what stands in its "
+                "place was never patched.",
+                stacklevel=3,
+            )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Patch) and other._journal is self._journal
+
+    def __hash__(self) -> int:
+        return id(self._journal)
+
+    def __repr__(self) -> str:
+        rules = sorted({change.mark.rule.rpartition(":")[0] or change.mark.rule for change in self._journal.changes})
+        if not any(journal is self._journal for journal in journals_of(self.model)):
+            return f"<Patch {', '.join(rules) or self.id}: reverted>"
+        added = sum(p.numel() for p in self.adapter_state_dict().values())
+        return f"<Patch {', '.join(rules) or self.id}: {len(self.changes)} changes, {added} parameters added>"
+
+
+def _derived(cls: type) -> str:
+    if any(c.__name__ == "FSDPModule" for c in cls.__mro__):
+        return "it was sharded by fully_shard since, and would lose that in silence"
+    return f"its class was changed since, to {cls.__module__}.{cls.__qualname__}"
+
+
+def patches(model: nn.Module) -> list[Patch]:
+    """The handles of all patches that `model` carries, the oldest first; also those of modules inside it."""
+    return [Patch(root, journal) for root in roots(model) for journal in journals_of(root)]
+
+
+def undo(root: nn.Module, journal: Journal) -> None:
+    """Take back what `journal` tells of, be it complete or not."""
+    kept = journals_of(root)
+    for change in reversed(journal.changes):
+        change.undo()
+    at = next((i for i, other in enumerate(kept) if other is journal), len(kept))
+    restore_flags(journal, kept[at + 1 :])
+    kept = [other for other in kept if other is not journal]
+    if kept:
+        root.__dict__[JOURNALS] = kept
+    else:
+        root.__dict__.pop(JOURNALS, None)

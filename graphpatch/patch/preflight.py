@@ -1,0 +1,262 @@
+"""From the steps of a plan to changes ready to be made: whatever can be refused is refused here."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from ..lang.diagnostics import ApplyError, Diagnostic, Error
+from ..plan.freeze import FREEZE, LEAVE, TRAIN, Grads
+from ..rewrites.rewrite import Attributes, InPlace, Replacement
+from ..tree.tree import Mark, Signature, Tree
+from .change import AttributeChange, Change, Factory, FastPathChange, InPlaceChange, ModuleChange
+from .drift import drifted
+from .imports import brief, load_permitted, load_rewrite
+from .record import record_of
+from .refuse import refuse_bypassed, refuse_class, refuse_offloaded
+
+if TYPE_CHECKING:
+    from ..plan.plan import Step
+
+
+class Preflight:
+    """Turns steps into changes, against one live tree."""
+
+    def __init__(self, plan_id: str, tree: Tree, grads: Grads | None, allowed: Sequence[str]):
+        assert tree.modules is not None
+        self.plan_id, self.tree, self.grads, self.allowed = plan_id, tree, grads, allowed
+        self.modules: list[nn.Module] = tree.modules
+        self._claimed: dict[int, list[Step]] = defaultdict(list)
+        self._device: torch.device | None = None
+
+    def changes(self, steps: Sequence[Step]) -> list[Change]:
+        """Raises `ApplyError` where a step cannot be carried out."""
+        twice = _in_several(steps, len(self.tree))
+        changes: list[Change] = []
+        for step in steps:
+            if step.parameter is not None:
+                raise _error("GP515", f"`{step.op.op}` has no way to act on a parameter", step)
+            self._refuse_taken(step, twice)
+            rewrite = load_rewrite(step.rewrite, step.rule)
+            mark = Mark(self.plan_id, step.rule, step.op.text(), step.op.slots(), step.op.exclusive)
+            if issubclass(rewrite, InPlace):
+                changes += self._in_place(step, rewrite, mark)
+            elif issubclass(rewrite, Attributes):
+                changes.append(self._attributes(step, rewrite, mark))
+            elif issubclass(rewrite, Replacement):
+                changes.append(self._replacement(step, rewrite, mark))
+            else:
+                raise _error("GP515", f"{step.rewrite} is no rewrite", step)
+        return changes
+
+    # ── in place ──
+    def _in_place(self, step: Step, mixin: type[InPlace], mark: Mark) -> list[Change]:
+        signature = self.tree.signature(step.nodes[0])
+        weight = signature.parameters.get("weight")
+        shape = weight.shape if weight else None
+        names, devices, kinds = tuple(step.adds), [], set()
+        modules = [self.modules[node] for node in step.nodes]
+        plain = nn.Parameter
+        for at, module in enumerate(modules):
+            own = module.__dict__
+            kinds.add(type(module))
+            held = own["_parameters"]
+            mine = held.get("weight")
+            if mine is None:
+                devices.append(self._device_of(module))
+            else:
+                devices.append(mine.device)
+                if type(mine) is not plain:
+                    self._refuse_sharded(mine, step, at)
+                if mine.shape != shape:
+                    raise drifted(self.tree, Tree.of(self.modules[0]))
+            if "forward" in own or "_hf_hook" in own:
+                refuse_bypassed(module, self._path(step, at), step.rule)
+                refuse_offloaded(module, self._path(step, at), step.rule)
+            for name in names:
+                if name in held or name in own["_buffers"] or name in own["_modules"] or name in own:
+                    raise self._taken(step, at, name)
+        for at, module in enumerate(modules):
+            if type(module) in kinds:
+                kinds.remove(type(module))
+                self._check_class(module, step, at, signature)
+        fast = all(_registers_plainly(cls) for cls in set(map(type, modules)))
+        changes: list[Change] = []
+        for trainable, members in self._by_flags(step).items():
+            factories = [
+                Factory(name, tuple(t.shape), getattr(torch, t.dtype), flag)
+                for (name, t), flag in zip(step.adds.items(), trainable)
+            ]
+            changes.append(
+                InPlaceChange(
+                    mark,
+                    [step.nodes[i] for i in members],
+                    [modules[i] for i in members],
+                    mixin,
+                    mixin.entry(step.op),
+                    names,
+                    factories,
+                    [devices[i] for i in members],
+                    fast,
+                )
+            )
+        return changes + self._fast_paths(step, mark)
+
+    def _by_flags(self, step: Step) -> dict[tuple[bool, ...], Sequence[int]]:
+        """The targets by which of their new parameters shall train."""
+        born = tuple(t.trainable for t in step.adds.values())
+        if self.grads is None or not born:
+            return {born: range(len(step.nodes))}
+        state, groups = self.grads.added, defaultdict(list)
+        flags = {LEAVE: born, FREEZE: (False,) * len(born), TRAIN: (True,) * len(born)}
+        for i, node in enumerate(step.nodes):
+            groups[flags[state[node]]].append(i)
+        return dict(groups)
+
+    def _check_class(self, module: nn.Module, step: Step, at: int, signature: Signature) -> None:
+        refuse_class(module, self._path(step, at), step.rule)
+        cls = type(module)
+        for name in step.adds:
+            if hasattr(cls, name):
+                raise self._taken(step, at, name)
+        base = getattr(cls, "_graphpatch_base", cls)
+        if signature.mro and f"{base.__module__}.{base.__qualname__}" != signature.mro[0]:
+            raise drifted(self.tree, Tree.of(self.modules[0]))
+
+    def _refuse_sharded(self, weight: Any, step: Step, at: int) -> None:
+        if "DTensor" in (c.__name__ for c in type(weight).__mro__):
+            raise _error(
+                "GP511",
+                f"the weight of `{self._path(step, at)}` is a DTensor, already sharded",
+                step,
+                fix="patch before fully_shard or parallelize_module",
+            )
+
+    def _fast_paths(self, step: Step, mark: Mark) -> list[Change]:
+        """The encoder layers above the targets, which must be kept from computing past their children."""
+        if not any(_is_encoder_layer(s) for s in self.tree.signatures):
+            return []
+        layers: dict[int, nn.Module] = {}
+        for node in step.nodes:
+            above = node
+            while above >= 0:
+                if _is_encoder_layer(self.tree.signature(above)):
+                    layers[above] = self.modules[above]
+                above = self.tree.parents[above]
+        return [FastPathChange(mark, list(layers), list(layers.values()))] if layers else []
+
+    # ── the other two ──
+    def _attributes(self, step: Step, rewrite: type[Attributes], mark: Mark) -> Change:
+        modules = [self.modules[node] for node in step.nodes]
+        values = [rewrite.values(step.op, module) for module in modules]
+        originals: list[Mapping[str, Any]] = []
+        for at, (module, mine) in enumerate(zip(modules, values)):
+            missing = [name for name in mine if name not in module.__dict__]
+            if missing:
+                raise _error("GP516", f"`{self._path(step, at)}` holds no plain attribute `{missing[0]}`", step)
+            originals.append({name: module.__dict__[name] for name in mine})
+        return AttributeChange(mark, step.nodes, modules, values, originals)
+
+    def _replacement(self, step: Step, rewrite: type[Replacement], mark: Mark) -> Change:
+        path = rewrite.imports(step.op)
+        cls = load_permitted(path, self.allowed, step.rule) if path else None
+        originals = [self.modules[node] for node in step.nodes]
+        new: list[nn.Module] = []
+        for at, module in enumerate(originals):
+            refuse_bypassed(module, self._path(step, at), step.rule)
+            refuse_offloaded(module, self._path(step, at), step.rule)
+            try:
+                made = rewrite.build(step.op, cls, module, self._device_of(module))
+            except Error:
+                raise
+            except Exception as error:
+                raise _error(
+                    "GP506", f"{path} could not be built for `{self._path(step, at)}`", step, brief(error)
+                ) from error
+            if not isinstance(made, nn.Module):
+                raise _error("GP506", f"{path} makes {type(made).__name__}, no torch.nn.Module", step)
+            new.append(made)
+        places = self._places(step.nodes)
+        return ModuleChange(mark, step.nodes, originals, new, places)
+
+    def _places(self, nodes: list[int]) -> list[list[tuple[nn.Module, str]]]:
+        tree, places = self.tree, {node: [(self.tree.parents[node], self.tree.names[node])] for node in nodes}
+        for node, parent, name in tree.edges:
+            if node in places:
+                places[node].append((parent, name))
+        return [[(self.modules[parent], name) for parent, name in places[node]] for node in nodes]
+
+    # ── what stands in the way ──
+    def _refuse_taken(self, step: Step, twice: bytearray) -> None:
+        """Raise where a target carries, or will, an op that takes the same slot, or that suffers no other (GP504)."""
+        slots = step.op.slots()
+        marked = self.tree.marks if self.tree.marks else None
+        for at, node in enumerate(step.nodes):
+            if twice[node]:
+                for other in self._claimed[node]:
+                    shared = other.op.slots() & slots or other.adds.keys() & step.adds.keys()
+                    if shared or other.op.exclusive or step.op.exclusive:
+                        raise self._collides(step, at, other.op.text(), other.rule)
+                self._claimed[node].append(step)
+            record = record_of(self.modules[node])
+            marks = record.marks or (marked.get(node, ()) if marked else ())
+            for mark in marks:
+                if mark.exclusive or step.op.exclusive or mark.slots & slots:
+                    raise self._collides(step, at, mark.op, mark.rule)
+
+    def _collides(self, step: Step, at: int, other: str, rule: str) -> ApplyError:
+        return _error(
+            "GP504",
+            f"`{self._path(step, at)}` has {other} already",
+            step,
+            f"put there by {rule}",
+            "revert that patch first, or give this one another adapter name",
+        )
+
+    def _taken(self, step: Step, at: int, name: str) -> ApplyError:
+        return _error("GP502", f"`{self._path(step, at)}` has something called `{name}` already", step)
+
+    def _path(self, step: Step, at: int) -> str:
+        return self.tree.paths[step.nodes[at]] or "^"
+
+    def _device_of(self, module: nn.Module) -> torch.device:
+        """Of the module's own first tensor, else of the model's."""
+        for tensors in (module.parameters(), module.buffers()):
+            for tensor in tensors:
+                return tensor.device
+        if self._device is None:
+            self._device = next((p.device for p in self.modules[0].parameters()), torch.get_default_device())
+        return self._device
+
+
+def _in_several(steps: Sequence[Step], size: int) -> bytearray:
+    """Which nodes more than one step changes: most often none, so that the rest need no book-keeping."""
+    once, twice = bytearray(size), bytearray(size)
+    for step in steps:
+        for node in step.nodes:
+            twice[node] = once[node]
+            once[node] = 1
+    return twice
+
+
+def _registers_plainly(cls: Any) -> bool:
+    """Whether registering a parameter comes down to writing it into `_parameters`."""
+    return (
+        cls.__setattr__ is nn.Module.__setattr__
+        and cls.register_parameter is nn.Module.register_parameter
+        and not torch_module._global_parameter_registration_hooks
+    )
+
+
+def _is_encoder_layer(signature: Signature) -> bool:
+    return "torch.nn.modules.transformer.TransformerEncoderLayer" in signature.mro
+
+
+def _error(code: str, title: str, step: Step, why: str = "", fix: str = "") -> ApplyError:
+    text = (f"{step.rule}   {step.op.text()}", *([why] if why else []))
+    return ApplyError(Diagnostic(code, title, text=text, fixes=(fix,) if fix else ()))

@@ -1,0 +1,112 @@
+"""The arithmetic of a low-rank update, y + s B A z: composed of ordinary ops, and fused for eager training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.functional import linear
+
+
+def add_low_rank(y: Tensor, z: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """y + scale * (z A^T) B^T, for z of (..., in), A of (rank, in), B of (out, rank), y of (..., out).
+
+    Computed in z's dtype, whatever the factors are kept in, and right under autocast, torch.func and tracing alike.
+    """
+    h = linear(z, a.to(z.dtype))
+    delta = linear(h if scale == 1.0 else h * scale, b.to(h.dtype))
+    return y + (delta if delta.dtype == y.dtype else delta.to(y.dtype))
+
+
+def fusible(x: Tensor, weight: Tensor) -> bool:
+    """Whether `LinearWithLowRank` may be used: eager training on plain tensors, and nobody is looking on."""
+    return (
+        not torch.compiler.is_compiling()  # first: to a compiler this is a constant, and the rest is not traced
+        and torch.is_grad_enabled()
+        and type(x) in _PLAIN
+        and type(weight) in _PLAIN
+        and x.dtype == weight.dtype
+        and x.dim() > 1
+        and not x.is_nested
+        and not torch.is_autocast_enabled(x.device.type)
+        and not _observed()
+    )
+
+
+_PLAIN = (Tensor, nn.Parameter)
+_functorch_stack = torch._C._functorch.peek_interpreter_stack
+"""Private, and the only way to know that a torch.func transform is on: old-style Functions raise under one."""
+
+
+def _observed() -> bool:
+    return (
+        _functorch_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0  # a dual level without torch.func: this Function has no jvp
+    )
+
+
+class LinearWithLowRank(torch.autograd.Function):
+    """W x + c + scale * B A z in one node of the graph; z is x, or x after dropout.
+
+    Against the composed form it saves no product of the adapter but the rank-wide one, adds into the base's output
+    instead of allocating beside it, and keeps no copy of the input in the dtype of the factors.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
+        source = x if z is None else z
+        h = linear(source, a.to(x.dtype))
+        y = linear(x, weight, bias)
+        y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), b.to(x.dtype).t(), alpha=scale)
+        needs = ctx.needs_input_grad
+        trained = needs[4] or needs[5]
+        ctx.scale, ctx.own_input = scale, z is None
+        ctx.save_for_backward(
+            x if needs[2] or (trained and z is None) else None,
+            source if trained and z is not None else None,
+            weight,
+            a,
+            b,
+            h if needs[5] else None,
+        )
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, z, weight, a, b, h = ctx.saved_tensors  # once: activation checkpointing allows no second reading
+        need_x, need_z, need_weight, need_bias, need_a, need_b, _ = ctx.needs_input_grad
+        grad, scale, again = grads[0], ctx.scale, torch.is_grad_enabled()
+        shape, dtype = grad.shape[:-1], grad.dtype
+        g = grad.reshape(-1, grad.shape[-1])
+        source: Any = x if ctx.own_input else z
+        if source is not None:
+            source = source.reshape(-1, source.shape[-1])
+        a_, b_ = a.to(dtype), b.to(dtype)
+
+        grad_x = grad_z = grad_weight = grad_bias = grad_a = grad_b = None
+        if need_a or need_z or (need_x and ctx.own_input):
+            back = g.mm(b_) if scale == 1.0 else g.mm(b_) * scale  # (n, rank)
+            if need_a:
+                grad_a = back.t().mm(source).to(a.dtype)
+            if need_z:
+                grad_z = back.mm(a_).view(*shape, -1)
+        if need_b:
+            # The saved product is a constant; a second derivative goes through it to z and A.
+            inner = linear(source, a_) if again else h.view(-1, h.shape[-1])
+            grad_b = g.t().mm(inner if scale == 1.0 else inner * scale).to(b.dtype)
+        if need_x:
+            if ctx.own_input:
+                grad_x = torch.addmm(g.mm(weight), back, a_) if again else g.mm(weight).addmm_(back, a_)
+            else:
+                grad_x = g.mm(weight)
+            grad_x = grad_x.view(*shape, -1)
+        if need_weight:
+            grad_weight = g.t().mm(x.reshape(-1, x.shape[-1]))
+        if need_bias:
+            grad_bias = g.sum(0)
+        return grad_x, grad_z, grad_weight, grad_bias, grad_a, grad_b, None

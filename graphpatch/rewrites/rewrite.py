@@ -1,0 +1,73 @@
+"""The three ways in which a module can be changed. A rewrite says how; the patch room does it, and undoes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..ops.op import Op
+
+# To a type checker a mixin is a module, so that `super().forward` and `self.training` are known; at run time it stays
+# a plain class, since a mixin derived from nn.Module would stand before the base in every method resolution.
+if TYPE_CHECKING:
+    _Module = nn.Module
+else:
+    _Module = object
+
+
+class InPlace(_Module):
+    """A mixin that stands before a module's own class: the module stays the same object and computes more.
+
+    Each op on a module leaves one *entry* (any immutable value with an equality, such as a NamedTuple) in the tuple
+    that the instance holds under the name `entries`. `forward` goes through that tuple and must do nothing when it is
+    empty: this is how a patch is switched off, and how several ops of one kind share a module. A mixin has no
+    `__init__` and no `__slots__`, and is importable by name.
+    """
+
+    level: ClassVar[int] = 0
+    """The op's level: mixins are sorted by it, the lowest next to the base class."""
+    entries: ClassVar[str]
+
+    @classmethod
+    def entry(cls, op: Op) -> Any:
+        """What `forward` has to know of this op."""
+        raise NotImplementedError
+
+    @classmethod
+    def variant(cls, below: type) -> type[InPlace]:
+        """A subclass made for what stands below, decided once per generated class and not in every call."""
+        return cls
+
+    @classmethod
+    def initialise(cls, entry: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Fill the parameters that the op adds, given by name; never called on the meta device."""
+
+    def extra_repr(self) -> str:
+        texts = [entry.text for entry in getattr(self, self.entries) if getattr(entry, "text", "")]
+        return ", ".join(text for text in (super().extra_repr(), *texts) if text)
+
+
+class Attributes:
+    """Plain attributes get other values; class and forward stay."""
+
+    @staticmethod
+    def values(op: Op, module: nn.Module) -> Mapping[str, Any]:
+        """The new values, for attributes that stand in the module's `__dict__`."""
+        raise NotImplementedError
+
+
+class Replacement:
+    """Another module takes the place, at every path of a tied one."""
+
+    @staticmethod
+    def imports(op: Op) -> str | None:
+        """The import path that the caller has to permit; the object found there is `build`'s `cls`."""
+        return None
+
+    @staticmethod
+    def build(op: Op, cls: Any, module: nn.Module, device: torch.device) -> nn.Module:
+        """The new module. Must not change `module`, nor any tensor of it."""
+        raise NotImplementedError

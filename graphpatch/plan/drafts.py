@@ -119,7 +119,7 @@ def steps(tree: Tree, draft: Draft, findings: list[Diagnostic]) -> list[Step]:
     for (signature, parent, parameter), nodes in groups.items():
         facts = tree.signatures[signature]
         above = tree.signatures[parent] if parent >= 0 else None
-        target = Target(tree.paths[nodes[0]], facts, parameter, above)
+        target = Target(_path(tree, nodes[0]), facts, parameter, above)
         try:
             rewrite = _rewrite(draft.op, target, tree.has_classes)
             draft.op.check(target)
@@ -139,6 +139,11 @@ def steps(tree: Tree, draft: Draft, findings: list[Diagnostic]) -> list[Step]:
         step.nodes.sort()
     findings += _refusals(tree, draft, refused)
     return list(merged.values())
+
+
+def _path(tree: Tree, node: int) -> str:
+    """One path, without making them all."""
+    return ".".join(tree.names[n] for n in tree.ancestors(node)[1:])
 
 
 def _rewrite(op: Op, target: Target, has_classes: bool) -> str:

@@ -8,7 +8,7 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 from ..lang.diagnostics import Diagnostic, PlanError, did_you_mean
-from ..lang.formatter import format_expression, format_selector, format_union
+from ..lang.formatter import format_expression, format_selector
 from ..lang.syntax import Freeze, PathSelector, Patch, RegexSelector, Selector, SelectorUnion
 from ..tree.select import Cover, compile_selector, match
 from ..tree.tree import Tree
@@ -58,7 +58,7 @@ class Explanation:
 def explain(model_or_tree: torch.nn.Module | Tree, rules: RuleSet | str | PathLike[str], path: str) -> Explanation:
     """Which rules touch the module (or parameter) at `path`, and where the others stopped matching.
 
-    Raises `PlanError` (GP432) for a path that does not exist; rules that do not fit the model are no error here.
+    Raises `PlanError` (GP441) for a path that does not exist; rules that do not fit the model are no error here.
     """
     tree = model_or_tree if isinstance(model_or_tree, Tree) else Tree.of(model_or_tree)
     rules = rules if isinstance(rules, RuleSet) else load(rules)
@@ -92,7 +92,7 @@ def _find(tree: Tree, path: str) -> Hit:
     where = tree.paths[at] or "the root"
     raise PlanError(
         Diagnostic(
-            "GP432",
+            "GP441",
             f"there is no `{path}` in this model",
             text=(f"{where} has no `{parts[depth]}`; it has {', '.join(names[:12]) or 'no children'}",),
             fixes=tuple(filter(None, [did_you_mean(parts[depth], names)])),
@@ -132,7 +132,7 @@ def _why_not(tree: Tree, one: Reach, hit: Hit) -> str:
         return "; ".join(_stopped(tree, rule, branch, hit) for branch in rule.target.union.branches)
     excepted = rule.statement.except_
     if excepted is not None and one.excepted is not None and _covered(one.excepted, hit):
-        return f"matches, but `except {format_union(excepted)}` covers it"
+        return f"matches, but `except {format_selector(excepted)}` covers it"
     assert rule.statement.where is not None
     return f"matches, but `where {format_expression(rule.statement.where)}` is false for it"
 

@@ -13,7 +13,7 @@ from ..lang.diagnostics import Diagnostic, Place, did_you_mean
 from ..lang.evaluate import EvaluationError, NoneArithmetic, evaluate
 from ..lang.syntax import Freeze, PathSelector, Selector
 from ..tree.nearmiss import near_miss
-from ..tree.select import Alternative, Cover
+from ..tree.select import Alternative, Compiled, Cover
 from ..tree.stacks import stacks
 from ..tree.tree import Parameter, Tree
 from .rules import Rule
@@ -156,18 +156,23 @@ def _less_excepted(
     result.nodes = [h for h in kept if isinstance(h, int)]
     result.parameters = [h for h in kept if not isinstance(h, int)]
     result.groups = groups
-    for spread in stacks(tree, rule.target, kept):
-        findings.append(
-            rule.scope.finding(
-                "GP412",
-                f"{spread.text} counts in {len(spread.containers)} stacks",
-                spread.span,
-                ", ".join(f"{c.hit} in {c.path} (of {c.length})" for c in spread.containers),
-                ("anchor the selector with `^`, or say `except`, to choose one",),
-                severity="warning",
-            )
-        )
+    findings += _spans_stacks(tree, rule, rule.target, kept)
+    if rule.per is not None:
+        findings += _spans_stacks(tree, rule, rule.per, groups)
     return result
+
+
+def _spans_stacks(tree: Tree, rule: Rule, compiled: Compiled, hits: Sequence[Hit]) -> Iterable[Diagnostic]:
+    """An index that counted in several stacks: two towers, encoder and decoder."""
+    for spread in stacks(tree, compiled, hits):
+        yield rule.scope.finding(
+            "GP412",
+            f"{spread.text} counts in {len(spread.containers)} stacks",
+            spread.span,
+            ", ".join(f"{c.hit} in {c.path} (of {c.length})" for c in spread.containers),
+            ("anchor the selector with `^`, or say `except`, to choose one",),
+            severity="warning",
+        )
 
 
 def _all_excepted(rule: Rule, count: int) -> Diagnostic:

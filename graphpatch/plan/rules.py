@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..lang.diagnostics import Diagnostic, Error, PlanError
-from ..lang.formatter import format_expression, format_union
+from ..lang.formatter import format_expression, format_selector
 from ..lang.syntax import Freeze, PathSelector, Patch, Require, SelectorUnion, Statement, When
 from ..tree.select import Compiled, Hits, compile_selector, match
 from ..tree.tree import Tree
@@ -44,7 +44,7 @@ class Rule:
 
     def target_text(self) -> str:
         """What it acts on, as written."""
-        return format_union(self.statement.selector)
+        return format_selector(self.statement.selector)
 
     def selectors(self) -> list[Compiled]:
         return [c for c in (self.target, self.excepted, self.per) if c is not None]
@@ -102,7 +102,7 @@ def _unfold(scope: FileScope, statement: Statement, findings: list[Diagnostic]) 
             said = format_expression(statement.test)
             findings.append(
                 scope.finding(
-                    "GP430",
+                    "GP440",
                     f"{scope.source.name} does not apply to this model",
                     statement.test.span,
                     f"does not hold for {scope.world.tree.title or 'this tree'}",

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from ..lang.diagnostics import Diagnostic, Place, PlanError, Source, Span, did_you_mean
-from ..lang.evaluate import EvaluationError, MissingKey, evaluate
+from ..lang.evaluate import EvaluationError, MissingKey, evaluate, unknown_function
 from ..lang.program import Program, check_type
-from ..lang.syntax import Expr, SelectorUnion
+from ..lang.syntax import Arg, Expr, SelectorUnion
 from ..tree.select import compile_selector, match
 from ..tree.tree import Tensor, Tree
 
@@ -119,8 +119,8 @@ class FileScope:
         found = self.world.count(self.file, selector)
         return found > 0 if function == "has" else found
 
-    def call(self, name: str, arguments: Any, span: Span | None) -> Any:
-        raise EvaluationError(f"there is no function `{name}`", span)
+    def call(self, name: str, arguments: tuple[Arg, ...], span: Span | None) -> Any:
+        raise unknown_function(name, span)
 
     # ── config ──
     def config(self) -> Mapping[str, Any] | None:

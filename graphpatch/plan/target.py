@@ -150,10 +150,3 @@ _TENSOR_FACTS = ("shape", "ndim", "dtype")
 
 def _tensor_fact(tensor: Tensor, fact: str) -> Any:
     return {"shape": list(tensor.shape), "ndim": len(tensor.shape), "dtype": tensor.dtype}[fact]
-
-
-def _as_list(value: Any) -> Any:
-    """Tuples as lists, so that `kernel_size == [3, 3]` compares."""
-    if isinstance(value, tuple) and not isinstance(value, Tensor):
-        return [_as_list(v) for v in value]
-    return value

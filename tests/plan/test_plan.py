@@ -135,7 +135,7 @@ def test_when_and_require_and_queries():
     assert len(graphpatch.parse(text).plan(tree).changes) == 4
     with pytest.raises(graphpatch.PlanError) as caught:
         graphpatch.parse("require has(encoder)\npatch q_proj with lora(rank=1)").plan(tree)
-    assert caught.value.code == "GP430"
+    assert caught.value.code == "GP440"
 
 
 def test_explain_says_which_rule_touches_and_where_others_stop():

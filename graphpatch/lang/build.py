@@ -26,6 +26,14 @@ def span_of(item: Tree | Token) -> Span | None:
     return Span(at.line, at.column, at.end_line, at.end_column)  # type: ignore[arg-type]
 
 
+def _outer(tree: Tree) -> Span:
+    """The span of an operand with the parentheses around it."""
+    meta = tree.meta
+    start = (getattr(meta, "container_line", meta.line), getattr(meta, "container_column", meta.column))
+    end = (getattr(meta, "container_end_line", meta.end_line), getattr(meta, "container_end_column", meta.end_column))
+    return Span(*start, *end)
+
+
 def make(cls: type[Any], /, **fields: Any) -> Any:
     """A node without validation: the grammar has seen to it, and pydantic's schemas need not be built to parse."""
     return cls.model_construct(**fields)
@@ -125,7 +133,9 @@ class Builder:
         if with_ is None:
             at = span_of(tree)
             keyword = Span(at.line, at.column, at.line, at.column + 5) if at else None
-            self.fail("GP115", "this patch does not say what to do", keyword, "add `with` and an op: with lora(rank=16)")
+            self.fail(
+                "GP115", "this patch does not say what to do", keyword, "add `with` and an op: with lora(rank=16)"
+            )
         ops = tuple(self.op(t) for t in with_.children) if with_ is not None else ()
         return make(s.Patch, selector=self.union(union), ops=ops, span=span_of(tree), **found)
 
@@ -134,11 +144,12 @@ class Builder:
         found = self.clauses(clauses)
         if tree.data == "freeze" and "label" in found:
             self.fail(
-                "GP131", "`freeze` takes no label", found["label_span"], "`as` names an optimizer group, so it goes with `train`"
+                "GP131",
+                "`freeze` takes no label",
+                found["label_span"],
+                "`as` names an optimizer group, so it goes with `train`",
             )
-        return make(
-            s.Freeze, trainable=tree.data == "train", selector=self.union(union), span=span_of(tree), **found
-        )
+        return make(s.Freeze, trainable=tree.data == "train", selector=self.union(union), span=span_of(tree), **found)
 
     train = freeze
 
@@ -146,7 +157,12 @@ class Builder:
         source, target, using = tree.children
         nowhere = target.data == "nowhere"
         if nowhere and using is not None:
-            self.fail("GP132", "a key that is left behind needs no `using`", using, "drop it, or name a key in place of `none`")
+            self.fail(
+                "GP132",
+                "a key that is left behind needs no `using`",
+                using,
+                "drop it, or name a key in place of `none`",
+            )
         return make(
             s.Map,
             source=tuple(self.key(t) for t in source.children),
@@ -231,7 +247,12 @@ class Builder:
     def name_word(self, token: Token, what: str) -> str:
         if token in s.KEYWORDS or (what == "alias" and token == "new"):
             why = "is the role of what the patches add" if token == "new" else "is a word of the language"
-            self.fail("GP117", f"`{token}` {why} and cannot name a{'n' if what == 'alias' else ''} {what}", token, "choose another name")
+            self.fail(
+                "GP117",
+                f"`{token}` {why} and cannot name a{'n' if what == 'alias' else ''} {what}",
+                token,
+                "choose another name",
+            )
         return str(token)
 
     # ── selectors ──
@@ -261,7 +282,9 @@ class Builder:
             code = "GP123" if why.startswith("it does not compile") else "GP122"
             title = "this regex does not compile" if code == "GP123" else "this regex is refused"
             why = why.removeprefix("it does not compile: ")
-            self.fail(code, title, token, why, "a plain selector may do: `**` is any path, `*` is any text within one name")
+            self.fail(
+                code, title, token, why, "a plain selector may do: `**` is any path, `*` is any text within one name"
+            )
         return pattern
 
     def step(self, tree: Tree) -> s.Step:
@@ -289,7 +312,9 @@ class Builder:
             name = self.text(token)
             if name == "" or "." in name or "*" in name:
                 plain = name if re.fullmatch(r"[\w*?.{},\[\]:^-]+", name) else "model.layers[*].q_proj"
-                self.fail("GP113", "a selector stands without quotes", token, f"write {plain}; quotes are for one odd name")
+                self.fail(
+                    "GP113", "a selector stands without quotes", token, f"write {plain}; quotes are for one odd name"
+                )
             return {"name": name, "name_span": span_of(token)}
         name = _tight(token)
         if "**" in name and name != "**":
@@ -359,7 +384,9 @@ class Builder:
 
     def expr_call(self, tree: Tree, children: list[Any]) -> s.Call:
         name, args = children
-        return make(s.Call, name=str(name), args=self.args(args, inner=True), span=span_of(tree), name_span=span_of(name))
+        return make(
+            s.Call, name=str(name), args=self.args(args, inner=True), span=span_of(tree), name_span=span_of(name)
+        )
 
     def expr_query(self, tree: Tree, children: list[Any]) -> s.Query:
         return make(s.Query, function=str(children[0]), selector=self.union(children[1]), span=span_of(tree))
@@ -381,10 +408,9 @@ class Builder:
 
     def expr_sum(self, tree: Tree, children: list[Any]) -> Any:
         left = self.value(children[0])
-        start = span_of(children[0])
+        start = _outer(children[0])
         for op, right in zip(children[1::2], children[2::2]):
-            end = span_of(right)
-            span = Span(*start[:2], *end[2:]) if start and end else None
+            span = Span(*start[:2], *_outer(right)[2:])
             left = make(s.Binary, op=str(op), left=left, right=self.value(right), span=span)
         return left
 
@@ -416,7 +442,9 @@ class Builder:
     def number(self, token: Token) -> int | float:
         text = str(token)
         if re.search(r"_(?![0-9])", text):
-            self.fail("GP120", "`_` stands between two digits of a number", token, f"write {text.replace('_', '')[:40]}")
+            self.fail(
+                "GP120", "`_` stands between two digits of a number", token, f"write {text.replace('_', '')[:40]}"
+            )
             return 0
         digits = text.replace("_", "")
         if token.type == "INT":
@@ -436,7 +464,9 @@ class Builder:
         except BadEscape as error:
             start = _walk(token, error.start)
             end = _walk(token, error.end)
-            self.fail("GP121", f"`{error.text}` means nothing in a string", Span(*start, *end), "a backslash is written \\\\")
+            self.fail(
+                "GP121", f"`{error.text}` means nothing in a string", Span(*start, *end), "a backslash is written \\\\"
+            )
             return ""
 
     def between(self, first: Token, second: Token) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from . import syntax as s
-from .diagnostics import Span, did_you_mean
+from .diagnostics import RuleError, Span, did_you_mean
 from .formatter import format_expression
 
 MOST_BITS = 256
@@ -79,6 +79,16 @@ def unknown_function(name: str, span: Span | None) -> EvaluationError:
 def evaluate(expr: s.Expr, scope: Scope) -> Any:
     """The value: bool, int, float, str, None, a list of these, or what the scope gave. Raises `EvaluationError`."""
     return _Evaluation(scope).value(expr, 0)
+
+
+def constant(text: str) -> Any:
+    """The value of a text that needs no names, `2 * 8`; raises `ValueError` where it has none."""
+    from .parser import parse_expression
+
+    try:
+        return evaluate(parse_expression(text), Constants())
+    except (RuleError, EvaluationError) as error:
+        raise ValueError(str(error)) from None
 
 
 class _Evaluation:
@@ -233,7 +243,9 @@ def _arithmetic(expr: s.Binary, left: Any, right: Any) -> Any:
     except ZeroDivisionError:
         if expr.op == "**":
             raise EvaluationError("0 has no negative power", expr.span) from None
-        raise EvaluationError(f"division by zero: `{format_expression(expr.right)}` is 0", expr.right.span or expr.span) from None
+        raise EvaluationError(
+            f"division by zero: `{format_expression(expr.right)}` is 0", expr.right.span or expr.span
+        ) from None
     except OverflowError:
         raise EvaluationError("the result is too large", expr.span) from None
 
@@ -280,7 +292,9 @@ def _item(expr: s.Item, value: Any, index: Any) -> Any:
     if isinstance(value, Mapping):
         if not isinstance(index, (str, int)) or index not in value:
             near = did_you_mean(str(index), [k for k in value if isinstance(k, str)])
-            raise MissingKey(f"`{format_expression(expr.value)}` has no {index!r}{'; ' + near if near else ''}", expr.span)
+            raise MissingKey(
+                f"`{format_expression(expr.value)}` has no {index!r}{'; ' + near if near else ''}", expr.span
+            )
         return value[index]
     if not isinstance(value, (str, Sequence)):
         raise EvaluationError(f"`{format_expression(expr.value)}` is {_kind(value)} and has no items", expr.span)
@@ -377,7 +391,13 @@ def _none(expr: s.Expr, op: str) -> str:
 def _kind(value: Any) -> str:
     if value is None:
         return "none"
-    for kind, word in ((bool, "a bool"), (int, "an integer"), (float, "a float"), (str, "a string"), (Mapping, "a table")):
+    for kind, word in (
+        (bool, "a bool"),
+        (int, "an integer"),
+        (float, "a float"),
+        (str, "a string"),
+        (Mapping, "a table"),
+    ):
         if isinstance(value, kind):
             return word
     return "a list" if isinstance(value, (list, tuple)) and type(value) in (list, tuple) else "something else"

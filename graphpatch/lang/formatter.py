@@ -50,7 +50,9 @@ def format_statement(statement: s.Statement, indent: str = "") -> str:
         body = "".join(format_statement(inner, indent + "  ") + "\n" for inner in statement.body)
         return f"{indent}when {format_expression(statement.test)} {{\n{body}{indent}}}"
     if isinstance(statement, s.Map):
-        target = "none" if statement.target is None else ".".join(_key(k, i == 0) for i, k in enumerate(statement.target))
+        target = (
+            "none" if statement.target is None else ".".join(_key(k, i == 0) for i, k in enumerate(statement.target))
+        )
         using = [f"using {format_op(statement.using)}"] if statement.using else []
         source = ".".join(_key(k, False) for k in statement.source)
         return _lines(indent, f"map {source} -> {target}", using)

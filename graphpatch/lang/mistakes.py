@@ -162,7 +162,11 @@ def _json(spot: Spot) -> Diagnostic | None:
     head = spot.text.lstrip()[:1]
     if spot.start == "start" and spot.at_statement and head in "{[" and spot.text[: spot.offset].strip() == "":
         return spot.here(
-            "GP111", "this is JSON, not a rule file", 1, "", "rules as JSON are read by RuleSet.from_json; a rule file begins patch, use ..."
+            "GP111",
+            "this is JSON, not a rule file",
+            1,
+            "",
+            "rules as JSON are read by RuleSet.from_json; a rule file begins patch, use ...",
         )
     return None
 
@@ -182,7 +186,12 @@ def _yaml(spot: Spot) -> Diagnostic | None:
 def _old_keyword(spot: Spot) -> Diagnostic | None:
     if spot.word == "else" or spot.word == "elif":
         if spot.at_statement:
-            return spot.here("GP110", f"there is no `{spot.word}`", 4, "write a second `when` with the opposite test: when not ... { }")
+            return spot.here(
+                "GP110",
+                f"there is no `{spot.word}`",
+                4,
+                "write a second `when` with the opposite test: when not ... { }",
+            )
         if spot.after_value:
             return spot.here("GP110", "`else` without `if`", 4, "write x if test else y")
     if not spot.at_statement:
@@ -206,10 +215,15 @@ def _old_keyword(spot: Spot) -> Diagnostic | None:
         "select": "patch",
     }.get(spot.word.lower())
     if meant and spot.bracket is None or meant:
-        return spot.here("GP125", f"a statement cannot begin with `{spot.word}`", len(spot.word), f"did you mean `{meant}`?")
+        return spot.here(
+            "GP125", f"a statement cannot begin with `{spot.word}`", len(spot.word), f"did you mean `{meant}`?"
+        )
     if spot.word in ("use", "param", "alias"):
         return spot.here(
-            "GP130", f"`{spot.word}` cannot depend on a `when`", len(spot.word), "move it out of the braces, to the top of the file"
+            "GP130",
+            f"`{spot.word}` cannot depend on a `when`",
+            len(spot.word),
+            "move it out of the braces, to the top of the file",
         )
     return None
 
@@ -217,13 +231,19 @@ def _old_keyword(spot: Spot) -> Diagnostic | None:
 def _logic(spot: Spot) -> Diagnostic | None:
     rest = spot.rest
     for sign, word in (("&&", "and"), ("||", "or")):
-        if rest.startswith(sign) or (sign == "||" and rest.startswith("|") and spot.text[spot.offset - 1 : spot.offset] == "|"):
+        if rest.startswith(sign) or (
+            sign == "||" and rest.startswith("|") and spot.text[spot.offset - 1 : spot.offset] == "|"
+        ):
             start = spot.offset - (0 if rest.startswith(sign) else 1)
             if sign == "||" and (spot.wants_selector or spot.after_selector):
                 return spot.finding("GP106", "`||` is written `|` between selectors", start, start + 2, "write |")
             if sign == "&&" and spot.after_selector:
                 return spot.finding(
-                    "GP106", "selectors have no `and`", start, start + 2, "`|` is any of; `where` tests more about a module"
+                    "GP106",
+                    "selectors have no `and`",
+                    start,
+                    start + 2,
+                    "`|` is any of; `where` tests more about a module",
                 )
             return spot.finding("GP106", f"`{sign}` is written `{word}`", start, start + 2, f"write {word}")
     if rest[:1] == "&" and (spot.after_value or spot.after_selector):
@@ -249,7 +269,9 @@ def _slice(spot: Spot) -> Diagnostic | None:
     bracket = spot.bracket
     if bracket is None or bracket.type != "LSQB" or bracket.start_pos is None:
         return None
-    inside = re.match(r"\[\s*(-?\d*)\s*(\.\.\.?=?|-|\bto\b|\u2013|~)\s*(-?\d*)\s*(?=[\],])", spot.text[bracket.start_pos :][:80])
+    inside = re.match(
+        r"\[\s*(-?\d*)\s*(\.\.\.?=?|-|\bto\b|\u2013|~)\s*(-?\d*)\s*(?=[\],])", spot.text[bracket.start_pos :][:80]
+    )
     if not inside or not (inside[1] or inside[3]):
         return None
     start, stop = bracket.start_pos + 1, bracket.start_pos + inside.end()
@@ -291,9 +313,19 @@ def _child(spot: Spot) -> Diagnostic | None:
 
 
 def _dots(spot: Spot) -> Diagnostic | None:
-    if spot.wants_selector and not spot.wants_value and spot.rest[:1] == "[" and spot.last is not None and spot.last == ".":
+    if (
+        spot.wants_selector
+        and not spot.wants_value
+        and spot.rest[:1] == "["
+        and spot.last is not None
+        and spot.last == "."
+    ):
         return spot.finding(
-            "GP101", "an index follows its name without a dot", spot.offset - 1, spot.offset + 1, "write layers[0], not layers.[0]"
+            "GP101",
+            "an index follows its name without a dot",
+            spot.offset - 1,
+            spot.offset + 1,
+            "write layers[0], not layers.[0]",
         )
     if spot.last is not None and spot.last == "." and spot.rest[:1] == "." and spot.wants_selector:
         return spot.here("GP101", "two dots in a row", 1, "write a.b for a child, a.**.b for any depth")
@@ -322,9 +354,15 @@ def _regex(spot: Spot) -> Diagnostic | None:
     simple = re.fullmatch(r"(?:\.\*)?(?:\\?\.)?([\w.]+)\$?", run)
     if simple and run[-1:] in "$" + simple[1][-1:]:
         return spot.finding(
-            "GP114", "a selector is no regex", start, end, f"write {simple[1]}: the left end is open and the right end fixed anyway"
+            "GP114",
+            "a selector is no regex",
+            start,
+            end,
+            f"write {simple[1]}: the left end is open and the right end fixed anyway",
         )
-    return spot.finding("GP114", "a regex stands between slashes", start, end, f"write /{_short(run)}/; it matches the whole name")
+    return spot.finding(
+        "GP114", "a regex stands between slashes", start, end, f"write /{_short(run)}/; it matches the whole name"
+    )
 
 
 def _assignment(spot: Spot) -> Diagnostic | None:
@@ -352,12 +390,19 @@ def _clause(spot: Spot) -> Diagnostic | None:
     called = spot.rest[len(word) :].lstrip()[:1] == "("
     if "WITH" in spot.expected and called and "with" not in near and not any(t == "with" for t in spot.words):
         name = re.match(r"[\w.]+", spot.rest)
-        return spot.here("GP115", "`with` is missing", len(name[0] if name else word), f"write with {name[0] if name else word}(...)")
+        return spot.here(
+            "GP115", "`with` is missing", len(name[0] if name else word), f"write with {name[0] if name else word}(...)"
+        )
     if spot.clause == "expect" and word in ("at", "in", "of", "for", "each", "every"):
-        return spot.here("GP125", f"`{word}` has no meaning here", len(word), "write expect 4 per layers[*], or expect >= 4")
+        return spot.here(
+            "GP125", f"`{word}` has no meaning here", len(word), "write expect 4 per layers[*], or expect >= 4"
+        )
     if word in ("and", "or", "not", "but") and spot.after_selector:
         return spot.here(
-            "GP106", f"selectors have no `{word}`", len(word), "write | for any of, `except` for all but; `where` tests more about a module"
+            "GP106",
+            f"selectors have no `{word}`",
+            len(word),
+            "write | for any of, `except` for all but; `where` tests more about a module",
         )
     if near:
         return spot.here("GP125", f"no clause is called `{word}`", len(word), near)
@@ -365,7 +410,11 @@ def _clause(spot: Spot) -> Diagnostic | None:
         return None
     if spot.after_selector:
         return spot.here(
-            "GP125", f"no clause is called `{word}`", len(word), f"a module below is written with a dot: ... .**.{word}", _clauses(spot)
+            "GP125",
+            f"no clause is called `{word}`",
+            len(word),
+            f"a module below is written with a dot: ... .**.{word}",
+            _clauses(spot),
         )
     return spot.here("GP125", f"no clause is called `{word}`", len(word), _clauses(spot))
 
@@ -383,17 +432,34 @@ def _statement(spot: Spot) -> Diagnostic | None:
 def _string(spot: Spot) -> Diagnostic | None:
     quote = spot.rest[:1]
     if quote in ("\u201c", "\u201d", "\u2018", "\u2019", "`"):
-        return spot.here("GP102", f"`{quote}` is no quote of the language" if quote != "`" else "a backtick quotes nothing", 1, 'write "')
+        return spot.here(
+            "GP102",
+            f"`{quote}` is no quote of the language" if quote != "`" else "a backtick quotes nothing",
+            1,
+            'write "',
+        )
     if quote in ("'", '"') and quote:
         line = spot.text[spot.offset :].split("\n", 1)[0].rstrip("\r")
         if not re.match(r'"(?:\\.|[^"\\])*"' if quote == '"' else r"'(?:\\.|[^'\\])*'", line):
-            return spot.finding("GP102", "this string is never closed", spot.offset, spot.offset + len(line), f"close it with {quote} on the same line")
+            return spot.finding(
+                "GP102",
+                "this string is never closed",
+                spot.offset,
+                spot.offset + len(line),
+                f"close it with {quote} on the same line",
+            )
     return None
 
 
 def _braces(spot: Spot) -> Diagnostic | None:
     if spot.rest[:1] != "{" or not spot.wants_selector:
-        if spot.rest[:1] == "{" and spot.last is not None and spot.bracket is None and spot.after_selector and "SEGMENT" not in spot.expected:
+        if (
+            spot.rest[:1] == "{"
+            and spot.last is not None
+            and spot.bracket is None
+            and spot.after_selector
+            and "SEGMENT" not in spot.expected
+        ):
             line = re.match(r"\{[^}\n]*\}", spot.rest)
             if line and spot.last.end_pos == spot.offset:
                 return _bad_braces(spot, line[0])
@@ -406,13 +472,20 @@ def _braces(spot: Spot) -> Diagnostic | None:
 
 def _bad_braces(spot: Spot, body: str) -> Diagnostic:
     if re.search(r"\{\s*\}|\{\s*,|,\s*,|,\s*\}", body):
-        return spot.here("GP126", "an alternative in braces is empty", len(body), "write {a,b}; for a part that may be absent write two selectors with |")
+        return spot.here(
+            "GP126",
+            "an alternative in braces is empty",
+            len(body),
+            "write {a,b}; for a part that may be absent write two selectors with |",
+        )
     if re.fullmatch(r"\{\s*\d+\s*(\.\.|-|:)\s*\d+\s*\}", body):
         return spot.here("GP104", "a range of indices stands in brackets", len(body), "write layers[0:12]")
     if "{" in body[1:]:
         return spot.here("GP126", "braces cannot stand in braces", len(body), "write all alternatives in one pair")
     if "|" in body:
-        return spot.here("GP126", "alternatives in braces are parted by commas", len(body), f"write {_short(body.replace('|', ','))}")
+        return spot.here(
+            "GP126", "alternatives in braces are parted by commas", len(body), f"write {_short(body.replace('|', ','))}"
+        )
     return spot.here("GP126", "braces hold names, parted by commas", len(body), "write {q,k,v}_proj")
 
 
@@ -421,7 +494,9 @@ def _paths(spot: Spot) -> Diagnostic | None:
         return spot.here("GP124", "a path stands in quotes", len(spot.chunk), f'write use "{_short(spot.chunk)}"')
     if spot.clause == "use" and spot.last is not None and spot.rest[:1] in "/-." and spot.rest[:1]:
         start, end = spot.around
-        return spot.finding("GP124", "a path stands in quotes", start, end, f'write use "{_short(spot.text[start:end])}"')
+        return spot.finding(
+            "GP124", "a path stands in quotes", start, end, f'write use "{_short(spot.text[start:end])}"'
+        )
     return None
 
 
@@ -430,7 +505,9 @@ def _hyphen(spot: Spot) -> Diagnostic | None:
         start = spot.last.start_pos or 0
         name = re.match(r"[\w-]+", spot.text[start:])
         if name and spot.last.type == "SEGMENT":
-            return spot.finding("GP124", "a name with `-` stands in quotes", start, start + len(name[0]), f'write "{_short(name[0])}"')
+            return spot.finding(
+                "GP124", "a name with `-` stands in quotes", start, start + len(name[0]), f'write "{_short(name[0])}"'
+            )
     return None
 
 
@@ -446,7 +523,9 @@ def _arguments(spot: Spot) -> Diagnostic | None:
         return spot.here("GP101", "a comma is missing", 1, f"write a comma before {_short(spot.chunk)}")
     if last.type == "DOTTED" and spot.clause in ("with", "then", "using") and "LPAR" in spot.expected:
         if re.match(r"\w+\s*=[^=]", rest) or rest[:1] in ("{", "[", ":"):
-            return spot.here("GP101", "arguments stand in parentheses", len(spot.word) or 1, f"write {last}(name=value)")
+            return spot.here(
+                "GP101", "arguments stand in parentheses", len(spot.word) or 1, f"write {last}(name=value)"
+            )
     return None
 
 
@@ -466,7 +545,12 @@ def _comment(spot: Spot) -> Diagnostic | None:
 
 def _grouping(spot: Spot) -> Diagnostic | None:
     if spot.rest[:1] == "(" and spot.wants_selector and not spot.wants_value:
-        return spot.here("GP101", "selectors are not grouped with parentheses", 1, "write the branches whole, a.b | a.c, or use {b,c}")
+        return spot.here(
+            "GP101",
+            "selectors are not grouped with parentheses",
+            1,
+            "write the branches whole, a.b | a.c, or use {b,c}",
+        )
     return None
 
 
@@ -477,7 +561,12 @@ def _number(spot: Spot) -> Diagnostic | None:
     if spot.wants_value or "INT" in spot.expected:
         if re.fullmatch(r"0[xXoObB][0-9A-Fa-f_]+", match[0]) and len(match[0]) < 20:
             return spot.here("GP120", "numbers are written in decimal", len(match[0]), f"write {int(match[0], 0)}")
-        return spot.here("GP120", f"`{_short(match[0])}` is no {'number' if spot.wants_value else 'index'}", len(match[0]), "a name that begins with a digit stands in quotes")
+        return spot.here(
+            "GP120",
+            f"`{_short(match[0])}` is no {'number' if spot.wants_value else 'index'}",
+            len(match[0]),
+            "a name that begins with a digit stands in quotes",
+        )
     return None
 
 
@@ -545,7 +634,13 @@ def _generic(spot: Spot) -> Diagnostic:
         last = spot.last
         start = last.start_pos if last is not None and last.start_pos is not None else 0
         end = last.end_pos if last is not None and last.end_pos is not None else len(spot.text)
-        return spot.finding("GP101", "the text ends in the middle of a statement" if spot.start == "start" else "something is missing", start, end, f"expected {wanted} behind this")
+        return spot.finding(
+            "GP101",
+            "the text ends in the middle of a statement" if spot.start == "start" else "something is missing",
+            start,
+            end,
+            f"expected {wanted} behind this",
+        )
     found = spot.word or _short(re.match(r"\S", spot.rest)[0] if re.match(r"\S", spot.rest) else spot.rest[:1])
     return spot.here("GP101", f"`{found}` cannot stand here", len(found), f"expected {wanted}")
 
@@ -572,13 +667,28 @@ def _wanted(spot: Spot) -> str:
         parts.append("the name of a class")
     if spot.after_value:
         parts.append("an operator")
-    signs = {"VBAR": "|", "DOT": ".", "EQUAL": "=", "COMMA": ",", "RPAR": ")", "RSQB": "]", "RBRACE": "}", "LPAR": "(", "LBRACE": "{", "__ANON_0": "->", "ELSE": "else", "IN": "in"}
+    signs = {
+        "VBAR": "|",
+        "DOT": ".",
+        "EQUAL": "=",
+        "COMMA": ",",
+        "RPAR": ")",
+        "RSQB": "]",
+        "RBRACE": "}",
+        "LPAR": "(",
+        "LBRACE": "{",
+        "__ANON_0": "->",
+        "ELSE": "else",
+        "IN": "in",
+    }
     if not parts or not spot.after_value:
         parts += [f"`{sign}`" for name, sign in signs.items() if name in expected and name != "IN"]
     elif spot.after_value:
         parts += [f"`{signs[name]}`" for name in ("COMMA", "RPAR", "RSQB", "LBRACE", "ELSE") if name in expected]
     if "WITH" in expected or "WHERE" in expected:
-        parts.append("a clause (" + ", ".join(w for w in CLAUSES if w.upper() in expected and w not in ("then", "per")) + ")")
+        parts.append(
+            "a clause (" + ", ".join(w for w in CLAUSES if w.upper() in expected and w not in ("then", "per")) + ")"
+        )
     if spot.at_statement:
         parts.append("a statement (" + ", ".join(w for w in STATEMENTS if w.upper() in expected) + ")")
     elif "PATCH" in expected:

@@ -78,7 +78,9 @@ def decode(text: str | bytes, name: str) -> str:
         return RuleError(Diagnostic("GP100", title, text=(f"in {name}",), fixes=fixes))
 
     if len(text) > LARGEST:
-        raise refuse(f"a rule file has at most {LARGEST:,} characters; this one has {len(text):,}", "split it with `use`")
+        raise refuse(
+            f"a rule file has at most {LARGEST:,} characters; this one has {len(text):,}", "split it with `use`"
+        )
     if isinstance(text, bytes):
         try:
             text = text.decode("utf-8")
@@ -141,7 +143,9 @@ class _Reading:
             for token in self.thread.lex(state):
                 depth += (token.type in _OPENING) - (token.type in _CLOSING)
                 if depth > DEEPEST_BRACKETS:
-                    self.note("GP119", f"more than {DEEPEST_BRACKETS} brackets are open", token, "split it with `param`")
+                    self.note(
+                        "GP119", f"more than {DEEPEST_BRACKETS} brackets are open", token, "split it with `param`"
+                    )
                     raise _Stop
                 if self.runs_on(token):
                     raise UnexpectedToken(token, set())

@@ -87,7 +87,9 @@ class _Check:
                 body = list(arg[2])
                 first = self._first(body)
                 if arg[0] != arg[1] and op is not _POSSESSIVE and first & behind:
-                    return "it has a repeat inside a repeat that can match the same text, and can backtrack without bound"
+                    return (
+                        "it has a repeat inside a repeat that can match the same text, and can backtrack without bound"
+                    )
                 found = self._undecided(body, behind | first)
             elif op is sre.BRANCH:
                 bodies = _bodies(op, arg)

@@ -50,12 +50,12 @@ class Literal_(Node):
 
     kind: Literal["literal"] = "literal"
     # Exact types: 1, 1.0 and true are three values.
-    value: Annotated[
-        Union[StrictBool, StrictInt, StrictFloat, StrictStr, None], Field(union_mode="left_to_right")
-    ]
+    value: Annotated[Union[StrictBool, StrictInt, StrictFloat, StrictStr, None], Field(union_mode="left_to_right")]
 
     def __eq__(self, other: Any) -> bool:
-        return type(other) is Literal_ and type(other.value) is type(self.value) and repr(other.value) == repr(self.value)
+        return (
+            type(other) is Literal_ and type(other.value) is type(self.value) and repr(other.value) == repr(self.value)
+        )
 
     def __hash__(self) -> int:
         return hash(("literal", type(self.value), repr(self.value)))

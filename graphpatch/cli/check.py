@@ -49,7 +49,7 @@ def findings(file: str, settings: list[str]) -> list[Diagnostic]:
     from ..plan.check import check
 
     try:
-        return check(open_rules(file, settings))
+        return check(open_rules(file, settings, complete=False))
     except CannotRun:
         raise
     except Error as error:

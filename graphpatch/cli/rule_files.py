@@ -7,11 +7,11 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..lang.diagnostics import did_you_mean
-from ..plan.ruleset import RuleSet, load, parse
-from .library import packaged
+from ..lang.library import packaged
+from ..lang.program import Setting, load_program, parse_program
+from ..plan.ruleset import RuleSet
 from .model import near_file
 from .problem import CannotRun
 
@@ -24,32 +24,22 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_rules(name: str, settings: Sequence[str] = ()) -> RuleSet:
-    """The rules of a file; raises `RuleError` for what is wrong in it, `CannotRun` (GP701, GP710) where there is no file."""
-    params = dict(_setting(one) for one in settings)
+def open_rules(name: str, settings: Sequence[str] = (), *, complete: bool = True) -> RuleSet:
+    """The rules of a file; raises `RuleError` for what is wrong in it, `CannotRun` (GP701, GP710) where there is no file.
+
+    `complete` asks that every param has a value.
+    """
+    params = dict(map(_setting, settings))
     if name == "-":
-        return parse(sys.stdin.read(), **params)
+        return RuleSet(parse_program(sys.stdin.buffer.read(), params, "<stdin>", complete=complete))
     if not Path(name).is_file() and name not in packaged():
-        raise CannotRun(
-            "GP701",
-            f"there is no rule file {name}",
-            near_file(Path(name), "*.rules") or did_you_mean(name, packaged()),
-        )
-    return load(name, **params)
+        near = near_file(Path(name), "*.rules") or did_you_mean(name, packaged())
+        raise CannotRun("GP701", f"there is no rule file {name}", near)
+    return RuleSet(load_program(name, params, complete=complete))
 
 
-def _setting(text: str) -> tuple[str, Any]:
+def _setting(text: str) -> tuple[str, Setting]:
     name, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name.strip()):
         raise CannotRun("GP710", f"--set takes NAME=VALUE, not {text}", "for example --set rank=32")
-    return name.strip(), _value(value.strip())
-
-
-def _value(text: str) -> Any:
-    """A value as a rule writes it; what is none (a bare word, a path) is text."""
-    from ..lang.evaluate import constant
-
-    try:
-        return constant(text)
-    except ValueError:
-        return text
+    return name.strip(), Setting(value.strip())

@@ -1,0 +1,156 @@
+"""Writes the pages of docs/ that are made from the source: ops/*.md, diagnostics.md, and the grammar in language.md.
+
+Run by `make docs`; a test fails where a page is not what this would write.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from graphpatch.cli.op_facts import OpFacts, op_facts
+from graphpatch.ops.registry import find, names
+
+DOCS = Path(__file__).parent
+PACKAGE = DOCS.parent / "graphpatch"
+_CODE = re.compile(r"GP\d{3}")
+_FAMILIES = {
+    "1": "The text is no rule file",
+    "2": "A name, an argument or a type is wrong",
+    "3": "Style; never changes the exit code",
+    "4": "The rules do not fit the model",
+    "5": "The model cannot be changed, or changed back",
+    "6": "An adapter does not fit",
+    "7": "The command line: what was asked for cannot be tried",
+}
+
+
+def pages() -> dict[Path, str]:
+    """Every generated page, by its path."""
+    built_in = [op for op in map(find, names()) if op is not None and op.__module__.startswith("graphpatch.")]
+    facts = [op_facts(op) for op in built_in]
+    found = {DOCS / "ops" / f"{one.name}.md": op_page(one) for one in facts}
+    found[DOCS / "ops" / "README.md"] = ops_index(facts)
+    found[DOCS / "diagnostics.md"] = diagnostics_page()
+    language = DOCS / "language.md"
+    found[language] = with_grammar(language.read_text(encoding="utf-8"))
+    return found
+
+
+# ── ops ──
+
+
+def op_page(facts: OpFacts) -> str:
+    lines = [f"# {facts.name}", "", facts.summary]
+    for paragraph in facts.paragraphs:
+        lines += ["", paragraph]
+    lines += ["", "```", facts.usage(), "```", ""]
+    if facts.arguments:
+        lines += ["| argument | value | default | |", "|---|---|---|---|"]
+        for a in facts.arguments:
+            default = "required" if a.default is None else f"`{a.default}`"
+            lines.append(f"| `{a.name}` | {_cell(a.kind)} | {default} | {_cell(a.about)} |")
+        lines.append("")
+    if facts.open:
+        lines += ["Any other argument is taken too, by its name.", ""]
+    lines += ["| accepts | rewritten by |", "|---|---|"]
+    lines += [f"| {'any module' if c == '*' else f'`{c}`'} | `{rewrite}` |" for c, rewrite in facts.accepts]
+    lines += ["", *facts.traits]
+    return "\n".join(lines) + "\n" + _GENERATED.format("the op's model and docstring")
+
+
+def ops_index(facts: list[OpFacts]) -> str:
+    lines = ["# Ops", "", "What a rule can say behind `with`. `graphpatch ops NAME` shows the same.", ""]
+    lines += ["| op | |", "|---|---|"]
+    lines += [f"| [{one.name}]({one.name}.md) | {_cell(one.summary)} |" for one in facts]
+    return "\n".join(lines) + "\n" + _GENERATED.format("the registered ops")
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+_GENERATED = "\n<!-- Made by docs/generate.py from {}; do not edit. -->\n"
+
+
+# ── diagnostics ──
+
+
+def diagnostics_page() -> str:
+    titles: dict[str, dict[str, None]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for code, title in codes_of(path.read_text(encoding="utf-8")):
+            titles.setdefault(code, {})
+            if title:
+                titles[code][title] = None
+    lines = [
+        "# Diagnostics",
+        "",
+        "Every finding has a code, says where and what, and how to mend it. `…` stands for what a message fills in.",
+        "In Python they are `graphpatch.Error.diagnostics`; `graphpatch check --json` prints them as data.",
+    ]
+    for family, about in _FAMILIES.items():
+        codes = sorted(code for code in titles if code[2] == family)
+        if codes:
+            lines += ["", f"## GP{family}xx: {about}", "", "| code | says |", "|---|---|"]
+            lines += [f"| {code} | {_cell('<br>'.join(titles[code]))} |" for code in codes]
+    return "\n".join(lines) + "\n" + _GENERATED.format("the calls that make them")
+
+
+def codes_of(source: str) -> Iterator[tuple[str, str]]:
+    """Every code in a module that is an argument, with the title that stands behind it."""
+    for call in ast.walk(ast.parse(source)):
+        if not isinstance(call, ast.Call):
+            continue
+        values = [*call.args, *(keyword.value for keyword in call.keywords)]
+        for at, value in enumerate(values):
+            for code in _strings(value):
+                if _CODE.fullmatch(code):
+                    behind = call.args[at + 1] if at + 1 < len(call.args) else None
+                    yield code, _title(behind) if behind is not None else ""
+
+
+def _strings(node: ast.expr) -> Iterator[str]:
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+    elif isinstance(node, ast.IfExp):
+        yield from _strings(node.body)
+        yield from _strings(node.orelse)
+
+
+def _title(node: ast.expr) -> str:
+    """The text of a string or f-string, `…` for what is filled in; empty where nothing of it is fixed."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.IfExp):
+        return _title(node.body)
+    if isinstance(node, ast.BinOp):
+        return _title(node.left) + _title(node.right)
+    if isinstance(node, ast.JoinedStr):
+        parts = [str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values]
+        return "".join(parts) if any(p != "…" for p in parts) else ""
+    return ""
+
+
+# ── the grammar ──
+
+
+def with_grammar(page: str) -> str:
+    """The page with the grammar as it stands now, between its markers."""
+    grammar = (PACKAGE / "lang" / "rules.lark").read_text(encoding="utf-8")
+    rules = grammar[grammar.index("start:") : grammar.index("// ── Words")].strip()
+    block = f"<!-- grammar -->\n```lark\n{rules}\n```\n<!-- end of grammar -->"
+    return re.sub(r"<!-- grammar -->.*<!-- end of grammar -->", lambda _: block, page, flags=re.DOTALL)
+
+
+def main() -> None:
+    for path, text in pages().items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        print(path.relative_to(DOCS.parent))
+
+
+if __name__ == "__main__":
+    main()

@@ -58,6 +58,8 @@ class Owned(NamedTuple):
     """(test, name): the test whose index is bound to the name."""
     steps: tuple[tuple[int, int], ...] = ()
     """(test, written step) of every bracket: tests of several patterns may come from one bracket."""
+    choices: tuple[int, ...] = ()
+    """The tests that were written with alternatives."""
 
 
 class WrittenIndex(NamedTuple):
@@ -139,6 +141,7 @@ class _Element(NamedTuple):
     step: int
     capture: str | None = None
     span: Span | None = None
+    choice: bool = False
 
 
 class _Path(NamedTuple):
@@ -231,7 +234,7 @@ class _Branch:
             braced = split_braces(step.name)
             if braced.too_many:
                 _too_many(scope, step.span)
-            elements = [_Element(_names(braced, fixed), number)]
+            elements = [_Element(_names(braced, fixed), number, choice=bool(braced.groups))]
         if step.index is not None:
             elements.append(self._index(step, step.index, scope, number))
         return tuple(elements)
@@ -290,7 +293,7 @@ class _Branch:
             paths = [path._replace(elements=(_Element(Names(anything=True), number),)) for path in paths]
         if step.index is None:
             return [
-                path._replace(elements=tuple(e._replace(step=number, capture=None) for e in path.elements))
+                path._replace(elements=tuple(e._replace(step=number, capture=None, choice=False) for e in path.elements))
                 for path in paths
             ]
         indexed = []
@@ -298,7 +301,7 @@ class _Branch:
             if path.classes or not path.elements or not isinstance(path.elements[-1].test, Names):
                 why = "one of its branches does not" if len(paths) > 1 else f"it is `{selector_text(branch)}`"
                 self._fail(scope, "GP233", f"an index needs a role that ends in a name, and {said} does not", step.span, why)
-            elements = [e._replace(step=number, capture=None) for e in path.elements]
+            elements = [e._replace(step=number, capture=None, choice=False) for e in path.elements]
             indexed.append(path._replace(elements=(*elements, self._index(step, step.index, scope, number))))
         return indexed
 
@@ -322,10 +325,13 @@ class _Branch:
         gaps = [not path.anchored]
         captures: list[tuple[int, str]] = []
         steps: list[tuple[int, int]] = []
+        choices: list[int] = []
         for element in path.elements:
             if element.test is None:
                 gaps[-1] = True
                 continue
+            if element.choice:
+                choices.append(len(tests))
             if isinstance(element.test, Indices):
                 steps.append((len(tests), element.step))
                 if element.capture:
@@ -345,7 +351,7 @@ class _Branch:
                 modules,
                 parameter if path.classes else parameters,
             )
-            self.compiled.patterns.append(Owned(pattern, self.number, bit, tuple(captures), tuple(steps)))
+            self.compiled.patterns.append(Owned(pattern, self.number, bit, tuple(captures), tuple(steps), tuple(choices)))
 
     def _regex(self, branch: RegexSelector, bit: int, classes: Sequence[_Classes]) -> None:
         try:

@@ -1,0 +1,180 @@
+"""From nodes back to selectors: `^model.layers[0:24].self_attn.{q,k,v,o}_proj`, the exact inverse of matching.
+
+Children below which the same is selected are said in one step. Two subtrees have the same selection where their
+*shapes* are equal: a shape is interned, so telling them apart and saying what is below costs once per shape, and a
+model of 45,000 targets has about ten.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import takewhile
+from typing import Iterable, NamedTuple, Sequence
+
+from .tree import Parameter, Tree, index_of
+
+_PLAIN = re.compile(r"\w+")
+_FEW = 5
+"""Up to so many evenly spaced indices are listed one by one; more are a slice with a step."""
+
+
+def compress(tree: Tree, nodes: Iterable[int], parameters: Iterable[Parameter] = ()) -> list[str]:
+    """Anchored selectors that match exactly these modules and parameters, in tree order.
+
+    A parameter need not stand in the tree (a patch adds it). Empty for nothing.
+    """
+    return _Selection(tree, nodes, parameters).texts()
+
+
+class _Child(NamedTuple):
+    """A child, or a parameter where `shape` is `_LEAF_PARAMETER`, and what is selected below it."""
+
+    name: str
+    index: int
+    shape: int
+
+
+class _Shape(NamedTuple):
+    selected: bool
+    children: tuple[_Child, ...]
+
+
+class _Selection:
+    def __init__(self, tree: Tree, nodes: Iterable[int], parameters: Iterable[Parameter]):
+        self._tree = tree
+        self._selected = set(nodes)
+        self._parameters: dict[int, list[str]] = {}
+        for node, name in dict.fromkeys(parameters):
+            self._parameters.setdefault(node, []).append(name)
+        self._interned: dict[_Shape, int] = {}
+        self._shapes: list[_Shape] = []
+        self._endings: dict[tuple[int, bool], list[str]] = {}
+        self._leaf = self._intern(_Shape(True, ()))
+        self._regexes: list[str] = []
+
+    def texts(self) -> list[str]:
+        root = self._root()
+        if root is None:
+            return self._regexes
+        texts = [f"^{ending}" for ending in self._say(root, bare=True)]
+        return ["^" if text == "^" else text.replace("^.", "^", 1) for text in texts] + self._regexes
+
+    # ── shapes, from the leaves up ──
+    def _root(self) -> int | None:
+        tree = self._tree
+        touched: dict[int, list[_Child]] = {}
+        waiting = sorted(self._selected | self._parameters.keys())
+        for node in waiting:
+            while node not in touched:
+                touched[node] = []
+                if node == 0:
+                    break
+                node = tree.parents[node]
+        shape = None
+        for node in sorted(touched, reverse=True):
+            children = touched[node]
+            children.reverse()
+            selected = node in self._selected
+            for name in self._parameters.get(node, ()):
+                if self._is_module(node, name):
+                    self._regexes.append(_regex(tree, node, name) + ":Parameter")
+                else:
+                    children.append(_Child(name, index_of(name), self._leaf))
+            if selected and node and self._tree.names[node] in tree.signature(tree.parents[node]).parameters:
+                # A module and a parameter of one name (checkpoints of quantised models): only a regex tells them apart.
+                self._regexes.append(_regex(tree, node))
+                selected = False
+            if not selected and not children:
+                shape = None
+                continue
+            shape = self._leaf if selected and not children else self._intern(_Shape(selected, tuple(children)))
+            if node:
+                touched[tree.parents[node]].append(_Child(tree.names[node], tree.indices[node], shape))
+        return shape
+
+    def _is_module(self, node: int, name: str) -> bool:
+        found = self._tree._children[node].get(name)
+        return found is not None
+
+    def _intern(self, shape: _Shape) -> int:
+        number = self._interned.setdefault(shape, len(self._shapes))
+        if number == len(self._shapes):
+            self._shapes.append(shape)
+            # Those of the children were made before, so nothing here recurses.
+            for bare in (False, True):
+                self._endings[number, bare] = self._make(shape, bare)
+        return number
+
+    # ── text, once per shape ──
+    def _say(self, shape: int, bare: bool) -> list[str]:
+        """What may follow the selector of a node of this shape; `bare` where a bracket cannot follow."""
+        return self._endings[shape, bare]
+
+    def _make(self, shape: _Shape, bare: bool) -> list[str]:
+        endings = [""] if shape.selected else []
+        groups: dict[tuple[int, bool], list[_Child]] = {}
+        for child in shape.children:
+            groups.setdefault((child.shape, child.index >= 0 and not bare), []).append(child)
+        for (below, bracket), children in groups.items():
+            if bracket:
+                spans = spans_text(sorted(child.index for child in children))
+                endings += [f"[{spans}]{rest}" for rest in self._say(below, bare=True)]
+            else:
+                for step in steps_text([child.name for child in children]):
+                    endings += [f".{step}{rest}" for rest in self._say(below, bare=False)]
+        return endings
+
+
+def steps_text(names: Sequence[str]) -> list[str]:
+    """Steps that stand for exactly these names: one, with braces, but for odd names, which are quoted."""
+    plain = [name for name in names if _PLAIN.fullmatch(name)]
+    steps = [_braced(plain)] if plain else []
+    return steps + [quoted(name) for name in names if not _PLAIN.fullmatch(name)]
+
+
+def _braced(names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return names[0]
+    before = _common(names)
+    before = before[: before.rfind("_") + 1]
+    rest = [name[len(before) :] for name in names]
+    after = _common([name[::-1] for name in rest])[::-1]
+    after = after[after.find("_") :] if "_" in after else ""
+    middle = [name[: len(name) - len(after)] for name in rest]
+    if not all(middle):
+        before, middle, after = "", list(names), ""
+    return f"{before}{{{','.join(middle)}}}{after}"
+
+
+def _common(names: Sequence[str]) -> str:
+    return "".join(c[0] for c in takewhile(lambda c: len(set(c)) == 1, zip(*names)))
+
+
+def spans_text(indices: Sequence[int]) -> str:
+    """Sorted, distinct indices as the inside of a bracket: `0:24`, `0,5,9:12`, `0:48:6`."""
+    step = indices[1] - indices[0] if len(indices) > 1 else 1
+    if step > 1 and len(indices) > _FEW and list(indices) == list(range(indices[0], indices[-1] + 1, step)):
+        return f"{indices[0]}:{indices[-1] + 1}:{step}"
+    spans, at = [], 0
+    while at < len(indices):
+        end = at + 1
+        while end < len(indices) and indices[end] == indices[end - 1] + 1:
+            end += 1
+        first, last = indices[at], indices[end - 1]
+        spans.append(str(first) if first == last else f"{first}:{last + 1}")
+        at = end
+    return ",".join(spans)
+
+
+def quoted(name: str) -> str:
+    """A name as a step: as it is where it can be, else in quotes."""
+    if _PLAIN.fullmatch(name):
+        return name
+    return '"' + name.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _regex(tree: Tree, node: int, parameter: str | None = None) -> str:
+    path = tree.paths[node]
+    if parameter is not None:
+        path = f"{path}.{parameter}" if path else parameter
+    return "/" + re.escape(path).replace("/", "\\/") + "/"

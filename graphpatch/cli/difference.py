@@ -191,9 +191,9 @@ def _shown(table: object, name: str) -> str:
     return f"{list(value.shape)} {value.dtype}" if hasattr(value, "dtype") else str(value)
 
 
-_INDEX = re.compile(r"\.\d+(?=\.|$)")
+_INDEX = re.compile(r"(^|\.)\d+(?=\.|$)")
 
 
 def template(path: str) -> str:
     """A path with its indices left open, to group what happened to every layer alike."""
-    return _INDEX.sub("[*]", path)
+    return _INDEX.sub(r"\1[*]", path)

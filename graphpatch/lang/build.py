@@ -19,14 +19,18 @@ DEEPEST_TREE = 160
 """Levels of lark's tree; more would not fit Python's stack."""
 
 
-def span_of(item: Tree | Token) -> Span | None:
+Parsed = Any
+"""A tree of lark's, whose children are trees, tokens and None."""
+
+
+def span_of(item: Any) -> Span | None:
     at = item.meta if isinstance(item, Tree) else item
     if isinstance(item, Tree) and item.meta.empty:
         return None
-    return Span(at.line, at.column, at.end_line, at.end_column)  # type: ignore[arg-type]
+    return Span(at.line, at.column, at.end_line, at.end_column)
 
 
-def _outer(tree: Tree) -> Span:
+def _outer(tree: Parsed) -> Span:
     """The span of an operand with the parentheses around it."""
     meta = tree.meta
     start = (getattr(meta, "container_line", meta.line), getattr(meta, "container_column", meta.column))
@@ -39,7 +43,7 @@ def make(cls: type[Any], /, **fields: Any) -> Any:
     return cls.model_construct(**fields)
 
 
-def too_deep(tree: Tree) -> Tree | Token | None:
+def too_deep(tree: Parsed) -> Any:
     """Something in `tree` that is nested too deep to be worked on."""
     level: list[Any] = [tree]
     for _ in range(DEEPEST_TREE):
@@ -59,7 +63,7 @@ class Builder:
         self,
         code: str,
         title: str,
-        at: Tree | Token | Span | None,
+        at: Any,
         label: str = "",
         *fixes: str,
         also: tuple[Place, ...] = (),
@@ -70,13 +74,13 @@ class Builder:
 
     # ── statements ──
 
-    def start(self, tree: Tree) -> s.RuleFile:
+    def start(self, tree: Parsed) -> s.RuleFile:
         return make(s.RuleFile, statements=tuple(self.statement(t) for t in tree.children), span=span_of(tree))
 
-    def statement(self, tree: Tree) -> Any:
+    def statement(self, tree: Parsed) -> Any:
         return getattr(self, tree.data)(tree)
 
-    def use(self, tree: Tree) -> s.Use:
+    def use(self, tree: Parsed) -> s.Use:
         target, args = tree.children
         by_path = target.type == "STRING"
         given = self.args(args)
@@ -92,7 +96,7 @@ class Builder:
             target_span=span_of(target),
         )
 
-    def param(self, tree: Tree) -> s.Param:
+    def param(self, tree: Parsed) -> s.Param:
         name, kind, default = tree.children
         if kind is not None and kind not in ("int", "float", "bool", "str", "list"):
             known = {"string": "str", "integer": "int", "boolean": "bool", "number": "float", "double": "float"}
@@ -109,7 +113,7 @@ class Builder:
             name_span=span_of(name),
         )
 
-    def alias(self, tree: Tree) -> s.Alias:
+    def alias(self, tree: Parsed) -> s.Alias:
         name, union = tree.children
         return make(
             s.Alias,
@@ -119,14 +123,14 @@ class Builder:
             name_span=span_of(name),
         )
 
-    def require(self, tree: Tree) -> s.Require:
+    def require(self, tree: Parsed) -> s.Require:
         return make(s.Require, test=self.expr(tree.children[0]), span=span_of(tree))
 
-    def when(self, tree: Tree) -> s.When:
+    def when(self, tree: Parsed) -> s.When:
         test, *body = tree.children
         return make(s.When, test=self.expr(test), body=tuple(self.statement(t) for t in body), span=span_of(tree))
 
-    def patch(self, tree: Tree) -> s.Patch:
+    def patch(self, tree: Parsed) -> s.Patch:
         union, *clauses = tree.children
         found = self.clauses(clauses)
         with_ = found.pop("with_", None)
@@ -139,7 +143,7 @@ class Builder:
         ops = tuple(self.op(t) for t in with_.children) if with_ is not None else ()
         return make(s.Patch, selector=self.union(union), ops=ops, span=span_of(tree), **found)
 
-    def freeze(self, tree: Tree) -> s.Freeze:
+    def freeze(self, tree: Parsed) -> s.Freeze:
         union, *clauses = tree.children
         found = self.clauses(clauses)
         if tree.data == "freeze" and "label" in found:
@@ -153,7 +157,7 @@ class Builder:
 
     train = freeze
 
-    def map(self, tree: Tree) -> s.Map:
+    def map(self, tree: Parsed) -> s.Map:
         source, target, using = tree.children
         nowhere = target.data == "nowhere"
         if nowhere and using is not None:
@@ -171,10 +175,10 @@ class Builder:
             span=span_of(tree),
         )
 
-    def clauses(self, trees: list[Tree]) -> dict[str, Any]:
+    def clauses(self, trees: list[Parsed]) -> dict[str, Any]:
         """The clauses as fields of a statement; `with_` is left a tree."""
         found: dict[str, Any] = {}
-        seen: dict[str, Tree] = {}
+        seen: dict[str, Parsed] = {}
         for tree in trees:
             kind = {"waived": "expect", "expected": "expect", "with_": "with", "except_": "except", "label": "as"}.get(
                 tree.data, tree.data
@@ -207,7 +211,7 @@ class Builder:
                 found["overrides_spans"] = tuple(span_of(t) for t in tree.children)
         return found
 
-    def expect(self, tree: Tree) -> s.Expect:
+    def expect(self, tree: Parsed) -> s.Expect:
         if tree.data == "waived":
             return make(s.Expect, any=True, span=span_of(tree))
         cmp, count, per = tree.children
@@ -219,11 +223,11 @@ class Builder:
             span=span_of(tree),
         )
 
-    def op(self, tree: Tree) -> s.OpCall:
+    def op(self, tree: Parsed) -> s.OpCall:
         name, args = tree.children
         return make(s.OpCall, name=str(name), args=self.args(args), span=span_of(tree), name_span=span_of(name))
 
-    def args(self, tree: Tree | None, inner: bool = False) -> tuple[s.Arg, ...]:
+    def args(self, tree: Parsed | None, inner: bool = False) -> tuple[s.Arg, ...]:
         result: list[s.Arg] = []
         for item in [] if tree is None else tree.children:
             if item is None:
@@ -257,10 +261,10 @@ class Builder:
 
     # ── selectors ──
 
-    def union(self, tree: Tree) -> s.SelectorUnion:
+    def union(self, tree: Parsed) -> s.SelectorUnion:
         return make(s.SelectorUnion, branches=tuple(self.selector(t) for t in tree.children), span=span_of(tree))
 
-    def selector(self, tree: Tree) -> Any:
+    def selector(self, tree: Parsed) -> Any:
         cls = tree.children[-1]
         fields: dict[str, Any] = {"span": span_of(tree)}
         if cls is not None:
@@ -287,7 +291,7 @@ class Builder:
             )
         return pattern
 
-    def step(self, tree: Tree) -> s.Step:
+    def step(self, tree: Parsed) -> s.Step:
         head, index = tree.children
         fields: dict[str, Any] = {"span": span_of(tree)}
         if isinstance(head, Tree):
@@ -321,14 +325,14 @@ class Builder:
             self.fail("GP126", "`**` stands alone between dots", token, "write `*` for any text within one name")
         return {"name": name, "name_span": span_of(token), "alternative_spans": _alternatives(token)}
 
-    def index(self, tree: Tree) -> s.Index:
+    def index(self, tree: Parsed) -> s.Index:
         capture, spans = None, tree.children
         if tree.data in ("capturing", "capture"):
             capture = self.name_word(tree.children[0], "capture")
             spans = tree.children[1:]
         return make(s.Index, capture=capture, spans=tuple(self.index_span(t) for t in spans), span=span_of(tree))
 
-    def index_span(self, tree: Tree) -> Any:
+    def index_span(self, tree: Parsed) -> Any:
         if tree.data == "every":
             return make(s.Every, span=span_of(tree))
         if tree.data == "at":
@@ -338,8 +342,9 @@ class Builder:
             self.fail("GP127", "the step of a slice cannot be 0", tree.children[2], "drop it")
         return make(s.Range, start=start, stop=stop, step=step, span=span_of(tree))
 
-    def key(self, tree: Tree) -> s.KeyStep:
-        head, bracket = tree.children
+    def key(self, tree: Parsed) -> s.KeyStep:
+        children: list[Any] = tree.children
+        head, bracket = children
         fields = self.segment(head)
         fields |= {"quoted": head.type == "STRING", "span": span_of(tree)}
         if bracket is not None:
@@ -351,62 +356,62 @@ class Builder:
 
     # ── expressions ──
 
-    def expr(self, tree: Tree) -> Any:
+    def expr(self, tree: Parsed) -> Any:
         """A whole expression: not a part of another one."""
         node = self.value(tree)
         if _deeper_than(node, DEEPEST):
             self.fail("GP119", f"this expression has more than {DEEPEST} levels", tree, "split it with `param`")
         return node
 
-    def value(self, tree: Tree) -> Any:
+    def value(self, tree: Parsed) -> Any:
         return getattr(self, f"expr_{tree.data}")(tree, tree.children)
 
-    def expr_number(self, tree: Tree, children: list[Any]) -> s.Literal_:
+    def expr_number(self, tree: Parsed, children: list[Any]) -> s.Literal_:
         return make(s.Literal_, value=self.number(children[0]), span=span_of(tree))
 
-    def expr_string(self, tree: Tree, children: list[Any]) -> s.Literal_:
+    def expr_string(self, tree: Parsed, children: list[Any]) -> s.Literal_:
         return make(s.Literal_, value=self.text(children[0]), span=span_of(tree))
 
-    def expr_true(self, tree: Tree, children: list[Any]) -> s.Literal_:
+    def expr_true(self, tree: Parsed, children: list[Any]) -> s.Literal_:
         return make(s.Literal_, value={"true": True, "false": False, "none": None}[tree.data], span=span_of(tree))
 
     expr_false = expr_none = expr_true
 
-    def expr_var(self, tree: Tree, children: list[Any]) -> s.Var:
+    def expr_var(self, tree: Parsed, children: list[Any]) -> s.Var:
         return make(s.Var, name=str(children[0])[1:], span=span_of(tree))
 
-    def expr_name(self, tree: Tree, children: list[Any]) -> s.Name:
+    def expr_name(self, tree: Parsed, children: list[Any]) -> s.Name:
         name = str(children[0])
         ours = {"true": "true", "false": "false", "none": "none", "null": "none", "nil": "none"}.get(name.lower())
         if ours:
             self.fail("GP105", f"`{name}` is written {ours}", tree, f"write {ours}")
         return make(s.Name, name=name, span=span_of(tree))
 
-    def expr_call(self, tree: Tree, children: list[Any]) -> s.Call:
+    def expr_call(self, tree: Parsed, children: list[Any]) -> s.Call:
         name, args = children
         return make(
             s.Call, name=str(name), args=self.args(args, inner=True), span=span_of(tree), name_span=span_of(name)
         )
 
-    def expr_query(self, tree: Tree, children: list[Any]) -> s.Query:
+    def expr_query(self, tree: Parsed, children: list[Any]) -> s.Query:
         return make(s.Query, function=str(children[0]), selector=self.union(children[1]), span=span_of(tree))
 
-    def expr_list(self, tree: Tree, children: list[Any]) -> s.ListExpr:
+    def expr_list(self, tree: Parsed, children: list[Any]) -> s.ListExpr:
         return make(s.ListExpr, items=tuple(self.value(t) for t in children if t is not None), span=span_of(tree))
 
-    def expr_item(self, tree: Tree, children: list[Any]) -> s.Item:
+    def expr_item(self, tree: Parsed, children: list[Any]) -> s.Item:
         return make(s.Item, value=self.value(children[0]), index=self.value(children[1]), span=span_of(tree))
 
-    def expr_sign(self, tree: Tree, children: list[Any]) -> Any:
+    def expr_sign(self, tree: Parsed, children: list[Any]) -> Any:
         sign, operand = children
         if sign == "-" and operand.data == "number" and not self.between(sign, operand.children[0]).strip():
             return make(s.Literal_, value=-self.number(operand.children[0]), span=span_of(tree))
         return make(s.Unary, op=str(sign), operand=self.value(operand), span=span_of(tree))
 
-    def expr_negate(self, tree: Tree, children: list[Any]) -> s.Unary:
+    def expr_negate(self, tree: Parsed, children: list[Any]) -> s.Unary:
         return make(s.Unary, op="not", operand=self.value(children[0]), span=span_of(tree))
 
-    def expr_sum(self, tree: Tree, children: list[Any]) -> Any:
+    def expr_sum(self, tree: Parsed, children: list[Any]) -> Any:
         left = self.value(children[0])
         start = _outer(children[0])
         for op, right in zip(children[1::2], children[2::2]):
@@ -416,12 +421,12 @@ class Builder:
 
     expr_product = expr_power = expr_sum
 
-    def expr_or(self, tree: Tree, children: list[Any]) -> s.BoolOp:
+    def expr_or(self, tree: Parsed, children: list[Any]) -> s.BoolOp:
         return make(s.BoolOp, op=tree.data, operands=tuple(self.value(t) for t in children), span=span_of(tree))
 
     expr_and = expr_or
 
-    def expr_compare(self, tree: Tree, children: list[Any]) -> s.Compare:
+    def expr_compare(self, tree: Parsed, children: list[Any]) -> s.Compare:
         links = tuple(
             make(
                 s.Comparison,
@@ -433,7 +438,7 @@ class Builder:
         )
         return make(s.Compare, left=self.value(children[0]), links=links, span=span_of(tree))
 
-    def expr_if_else(self, tree: Tree, children: list[Any]) -> s.IfElse:
+    def expr_if_else(self, tree: Parsed, children: list[Any]) -> s.IfElse:
         then, test, otherwise = (self.value(t) for t in children)
         return make(s.IfElse, then=then, test=test, otherwise=otherwise, span=span_of(tree))
 

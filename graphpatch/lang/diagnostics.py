@@ -5,9 +5,10 @@ A :class:`Diagnostic` is data. :class:`Error` carries one or many, and its text 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Iterable, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 Severity = Literal["error", "warning", "style"]
 

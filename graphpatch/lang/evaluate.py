@@ -1,7 +1,7 @@
 """What an expression is worth: Python's rules for numbers, comparisons and logic, without running any code.
 
-Names get their meaning from a :class:`Scope`. What has no value raises :class:`EvaluationError`, which carries the span;
-the caller, who knows the source, makes a diagnostic of it. Results are bounded, so that no expression takes long.
+Names get their meaning from a :class:`Scope`. What has no value raises :class:`EvaluationError`, which carries the
+span; the caller, who knows the source, makes a diagnostic of it. Results are bounded: no expression takes long.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def _holds(op: str, left: Any, right: Any, left_expr: s.Expr, link: s.Comparison
 
 def _listed(value: Any) -> Any:
     """Tuples as lists, so that `kernel_size == [3, 3]` compares."""
-    if isinstance(value, tuple) and type(value) is tuple or isinstance(value, list):
+    if (isinstance(value, tuple) and type(value) is tuple) or isinstance(value, list):
         return [_listed(item) for item in value]
     return value
 

@@ -168,7 +168,7 @@ def _span(span: s.IndexSpan) -> str:
 
 
 def _bound(expr: s.Expr) -> str:
-    if isinstance(expr, s.Literal_) and type(expr.value) is int or isinstance(expr, s.Var):
+    if (isinstance(expr, s.Literal_) and type(expr.value) is int) or isinstance(expr, s.Var):
         return format_expression(expr)
     if isinstance(expr, s.Unary) and expr.op != "not" and isinstance(expr.operand, s.Var):
         return format_expression(expr)
@@ -250,7 +250,7 @@ def _literal(value: bool | int | float | str | None) -> tuple[str, int]:
         if re.search("[\ud800-\udfff]", value):
             _refuse("a string with half a character in it")
         return quote(value), POSTFIX
-    if isinstance(value, float) and not math.isfinite(value) or isinstance(value, int) and abs(value) >= 2**63:
+    if (isinstance(value, float) and not math.isfinite(value)) or (isinstance(value, int) and abs(value) >= 2**63):
         _refuse("a number that does not fit in 64 bits")
     negative = value < 0 or (isinstance(value, float) and math.copysign(1, value) < 0)
     return repr(value), UNARY if negative else POSTFIX

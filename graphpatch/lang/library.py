@@ -1,4 +1,4 @@
-"""Where rule files are: packaged ones by name, others by path. Reading them, and saying what there is where one is not."""
+"""Where rule files are: packaged ones by name, others by path; and what there is where one is not."""
 
 from __future__ import annotations
 

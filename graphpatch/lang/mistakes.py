@@ -1,7 +1,7 @@
 """What went wrong at a word that cannot stand where it stands, said the way the writer meant it.
 
-`explain` tries the habits people bring from Python, CSS, YAML, C and regexes, most specific first; where none fits it says
-what could have stood there, in the words of the language.
+`explain` tries the habits people bring from Python, CSS, YAML, C and regexes, most specific first; where none fits
+it says what could have stood there, in the words of the language.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def _swallowed(spot: Spot) -> bool:
     if last not in (*STATEMENTS, *CLAUSES) or spot.text[last.end_pos : last.end_pos + 1] not in (" ", "\t", "\n", "\r"):
         return False
     # A name that happens to be a keyword is followed by what may follow a name.
-    return bool(spot.word or spot.rest[:1] in "\"'@^0123456789:{" and spot.rest[:1])
+    return bool(spot.word or (spot.rest[:1] in "\"'@^0123456789:{" and spot.rest[:1]))
 
 
 # ── what people bring from elsewhere ─────────────────────────────────────────────────────────────────────────────────
@@ -214,7 +214,7 @@ def _old_keyword(spot: Spot) -> Diagnostic | None:
         "match": "patch",
         "select": "patch",
     }.get(spot.word.lower())
-    if meant and spot.bracket is None or meant:
+    if meant:
         return spot.here(
             "GP125", f"a statement cannot begin with `{spot.word}`", len(spot.word), f"did you mean `{meant}`?"
         )
@@ -519,7 +519,7 @@ def _arguments(spot: Spot) -> Diagnostic | None:
     in_call = spot.bracket is not None and spot.bracket.type == "LPAR"
     if in_call and rest[:1] == ":" and last.type == "DOTTED":
         return spot.here("GP112", "an argument is given with `=`", 1, f"write {last}=...")
-    if in_call and spot.after_value and (spot.word or rest[:1] in "\"'$" and rest[:1]) and spot.word not in KEYWORDS:
+    if in_call and spot.after_value and (spot.word or (rest[:1] in "\"'$" and rest[:1])) and spot.word not in KEYWORDS:
         return spot.here("GP101", "a comma is missing", 1, f"write a comma before {_short(spot.chunk)}")
     if last.type == "DOTTED" and spot.clause in ("with", "then", "using") and "LPAR" in spot.expected:
         if re.match(r"\w+\s*=[^=]", rest) or rest[:1] in ("{", "[", ":"):
@@ -641,7 +641,7 @@ def _generic(spot: Spot) -> Diagnostic:
             end,
             f"expected {wanted} behind this",
         )
-    found = spot.word or _short(re.match(r"\S", spot.rest)[0] if re.match(r"\S", spot.rest) else spot.rest[:1])
+    found = spot.word or spot.rest[:1]
     return spot.here("GP101", f"`{found}` cannot stand here", len(found), f"expected {wanted}")
 
 

@@ -21,7 +21,7 @@ NEW = "new"
 
 
 def check_names(program: Program) -> list[Diagnostic]:
-    """All that is wrong with the names of a program; codes GP205, GP207, GP213 to GP232."""
+    """All that is wrong with the names of a program; codes GP205, GP207, GP213 to GP229, GP240 to GP242."""
     check = _Check(program)
     check.twice()
     for file in range(len(program.files)):
@@ -97,7 +97,7 @@ def _circles(graph: dict[str, list[str]]) -> Iterator[list[str]]:
             stack.append((start, iter(graph[start])))
             path.append(start)
         while stack:
-            name, following = stack[-1]
+            _, following = stack[-1]
             for other in following:
                 if other in path:
                     yield path[path.index(other) :]
@@ -207,11 +207,11 @@ class _File:
                 self.args(op, captures, rule.selector)
             for label, span in zip(rule.overrides, rule.overrides_spans or (None,) * len(rule.overrides)):
                 if label == rule.label:
-                    self.fail("GP230", f"the rule `{label}` overrides itself", span, "name the other rule")
+                    self.fail("GP240", f"the rule `{label}` overrides itself", span, "name the other rule")
                 elif label not in self.labels:
                     near = did_you_mean(label, self.labels - {rule.label})
                     known = near or "a rule gets its label from `as NAME`"
-                    self.fail("GP231", f"no rule is called `{label}`", span, known)
+                    self.fail("GP241", f"no rule is called `{label}`", span, known)
 
     def map(self, statement: s.Map) -> None:
         captured = {k.index.capture for k in statement.source if k.index is not None and k.index.capture}
@@ -231,9 +231,9 @@ class _File:
         """The names that one branch captures."""
         found: set[str] = set()
         for step in branch.steps if isinstance(branch, s.PathSelector) else ():
-            name = step.index.capture if step.index is not None else None
-            if name is None:
+            if step.index is None or step.index.capture is None:
                 continue
+            name = step.index.capture
             if name in found:
                 self.fail(
                     "GP223", f"`{name}` is captured twice in one selector", step.index.span, "choose another name"
@@ -247,12 +247,13 @@ class _File:
 
     def selector(self, node: s.SelectorUnion | s.PathSelector | s.RegexSelector) -> None:
         for branch in node.branches if isinstance(node, s.SelectorUnion) else (node,):
-            steps = branch.steps if isinstance(branch, s.PathSelector) else ()
-            for position, step in enumerate(steps):
+            if not isinstance(branch, s.PathSelector):
+                continue
+            for position, step in enumerate(branch.steps):
                 if step.index is not None:
                     self.bounds(step.index)
                 if step.kind == "role":
-                    self.role(step, first=position == 0 and not branch.anchored, last=position == len(steps) - 1)
+                    self.role(step, position == 0 and not branch.anchored, position == len(branch.steps) - 1)
 
     def bounds(self, index: s.Index) -> None:
         for node in index.spans:
@@ -285,7 +286,7 @@ class _File:
             if isinstance(branch, s.RegexSelector):
                 if step.index is not None or not (first and last):
                     self.fail(
-                        "GP232",
+                        "GP242",
                         f"`@{step.name}` has a regex, so it stands alone",
                         step.span,
                         "write its names as selectors",
@@ -294,15 +295,15 @@ class _File:
             tail = branch.steps[-1] if branch.steps else None
             if branch.anchored and not first:
                 self.fail(
-                    "GP232", f"`@{step.name}` is anchored, so it comes first in a path", step.span, "put it first"
+                    "GP242", f"`@{step.name}` is anchored, so it comes first in a path", step.span, "put it first"
                 )
             elif branch.cls is not None and not last:
                 self.fail(
-                    "GP232", f"`@{step.name}` ends in a class, so it comes last in a path", step.span, "put it last"
+                    "GP242", f"`@{step.name}` ends in a class, so it comes last in a path", step.span, "put it last"
                 )
             elif step.index is not None and (tail is None or tail.index is not None or branch.cls is not None):
                 self.fail(
-                    "GP232",
+                    "GP242",
                     f"`@{step.name}` cannot take an index",
                     step.index.span or step.span,
                     "an index needs a role that ends in a plain name",

@@ -7,6 +7,7 @@ from typing import Any
 
 from lark import Token, Tree
 from lark.exceptions import UnexpectedCharacters, UnexpectedToken
+from lark.parsers.lalr_analysis import Shift
 
 from .build import Builder, too_deep
 from .diagnostics import Diagnostic, Place, RuleError, Source, Span
@@ -44,9 +45,9 @@ def parse_expression(text: str, name: str = "<expression>") -> Expr:
 def parse_value(text: str, type: str | None = None, name: str = "<value>") -> Any:
     """The value of a param as a command line gives it: `--set rank=32`.
 
-    With type `str` the text is the value, unless it is quoted; without a type, what is no literal is a string. A list is
-    written `[1, 2]`. Raises `RuleError` where the text is no literal. Whether the value fits the type is checked where it is
-    given to a program.
+    With type `str` the text is the value, unless it is quoted; without a type, what is no literal is a string. A list
+    is written `[1, 2]`. Raises `RuleError` where the text is no literal. Whether the value fits the type is checked
+    where it is given to a program.
     """
     source = Source(name, text)
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
@@ -67,8 +68,9 @@ def _constant(expr: Expr, source: Source) -> Any:
         return [_constant(item, source) for item in expr.items]
     if isinstance(expr, Unary) and expr.op == "+" and isinstance(expr.operand, Literal_):
         return expr.operand.value
-    places = (Place(source, expr.span, "write a number, true, false, none, a string or a list of these"),)
-    raise RuleError(Diagnostic("GP133", "this is no plain value", places if expr.span else ()))
+    label = "write a number, true, false, none, a string or a list of these"
+    places = (Place(source, expr.span, label),) if expr.span else ()
+    raise RuleError(Diagnostic("GP133", "this is no plain value", places))
 
 
 def decode(text: str | bytes, name: str) -> str:
@@ -83,11 +85,12 @@ def decode(text: str | bytes, name: str) -> str:
         )
     if isinstance(text, bytes):
         try:
-            text = text.decode("utf-8")
+            decoded = text.decode("utf-8")
         except UnicodeDecodeError as error:
             line = text.count(b"\n", 0, error.start) + 1
             byte = f"byte 0x{text[error.start]:02x} at offset {error.start}"
             raise refuse(f"line {line} is not UTF-8: {byte}", "save the file as UTF-8") from None
+        text = decoded
     text = text.removeprefix("\ufeff")
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
@@ -138,7 +141,7 @@ class _Reading:
     def read(self) -> Tree | None:
         """Read on to the end, or to the next mistake, which is noted and passed: then None."""
         state, depth = self.state, self.depth()
-        before = (list(state.state_stack), list(state.value_stack))
+        before: tuple[list[Any], list[Any]] | None = None
         try:
             for token in self.thread.lex(state):
                 depth += (token.type in _OPENING) - (token.type in _CLOSING)
@@ -149,14 +152,15 @@ class _Reading:
                     raise _Stop
                 if self.runs_on(token):
                     raise UnexpectedToken(token, set())
-                # Kept, since the parser may reduce on behalf of a word before it finds that the word cannot stand there.
+                # Kept, since the parser may reduce on behalf of a word before it finds that the word cannot stand.
                 before = (list(state.state_stack), list(state.value_stack))
                 state.feed_token(token)
-                self.last = token
+                self.last, before = token, None
             before = (list(state.state_stack), list(state.value_stack))
             return state.feed_token(self.end_token(), True)
         except UnexpectedToken as error:
-            state.state_stack[:], state.value_stack[:] = before
+            if before is not None:
+                state.state_stack[:], state.value_stack[:] = before
             self.mistake(len(self.text) if error.token.type == "$END" else error.token.start_pos or 0)
         except UnexpectedCharacters as error:
             self.mistake(error.pos_in_stream or 0)
@@ -164,7 +168,7 @@ class _Reading:
 
     def runs_on(self, token: Token) -> bool:
         """Whether a keyword is only the beginning of a longer word, `with` of `without`."""
-        end = token.end_pos
+        end = token.end_pos or 0
         return (
             token.type not in ("KEY", "QUERY")
             and end < len(self.text)
@@ -179,7 +183,9 @@ class _Reading:
         return Token("$END", "", size, lines + 1, column, lines + 1, column, size)
 
     def depth(self) -> int:
-        return sum(isinstance(v, Token) and v.type in _OPENING for v in self.state.value_stack)
+        """How many brackets are open."""
+        words = [value.type for value in self.state.value_stack if isinstance(value, Token)]
+        return sum(word in _OPENING for word in words) - sum(word in _CLOSING for word in words)
 
     def note(self, code: str, title: str, token: Token, label: str) -> None:
         span = Span(token.line, token.column, token.end_line, token.end_column)  # type: ignore[arg-type]
@@ -220,7 +226,7 @@ class _Reading:
         popped: list[Token] = []
         while len(state.state_stack) > 1:
             action = table[state.state_stack[-1]].get("PATCH")
-            if action is not None and action[0].__name__ == "Shift":
+            if action is not None and action[0] is Shift:
                 break
             state.state_stack.pop()
             value = state.value_stack.pop()
@@ -269,6 +275,7 @@ class _Reading:
 
     def move(self, offset: int) -> None:
         """Let the lexer go on at `offset`."""
+        assert self.thread.state is not None
         counter = self.thread.state.line_ctr
         counter.char_pos = offset
         counter.line, counter.column = self.line_column(offset)

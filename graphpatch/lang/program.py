@@ -105,7 +105,7 @@ class Program(BaseModel):
         return owner, alias
 
     def param(self, file: int, name: str) -> tuple[int, s.Param]:
-        """The file that declares the param `$name` as `file` sees it, and the declaration; raises `RuleError` (GP214)."""
+        """The file that declares `$name` as `file` sees it, and the declaration; raises `RuleError` (GP214)."""
         owner, param = self._named(self._params, file, name, "GP214", f"there is no param `${name}`")
         return owner, param
 
@@ -196,7 +196,7 @@ class Program(BaseModel):
 def load_program(
     name_or_path: str | os.PathLike[str], params: Mapping[str, Any] | None = None, *, complete: bool = True
 ) -> Program:
-    """The program of a file, or of a packaged name. Raises `RuleError` with all that is wrong in it and in what it uses.
+    """The program of a file, or of a packaged name. Raises `RuleError` with all that is wrong in it and what it uses.
 
     `complete` asks that every param without a default has a value; a check of a file alone does without.
     """

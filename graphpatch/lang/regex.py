@@ -62,7 +62,7 @@ class _Check:
                 if found := self.sequence(body):
                     return found
             if op in _REPEATS:
-                low, high, body = arg
+                _, high, body = arg
                 if high is not sre.MAXREPEAT and self._width(list(body)) * high > LONGEST:
                     return f"a repeat in it stands for more than {LONGEST} characters"
                 if high is sre.MAXREPEAT and op is not _POSSESSIVE and (found := self._ambiguous(list(body))):

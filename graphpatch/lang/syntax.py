@@ -7,7 +7,7 @@ A notebook may build these without any text.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
@@ -50,7 +50,7 @@ class Literal_(Node):
 
     kind: Literal["literal"] = "literal"
     # Exact types: 1, 1.0 and true are three values.
-    value: Annotated[Union[StrictBool, StrictInt, StrictFloat, StrictStr, None], Field(union_mode="left_to_right")]
+    value: Annotated[StrictBool | StrictInt | StrictFloat | StrictStr | None, Field(union_mode="left_to_right")]
 
     def __eq__(self, other: Any) -> bool:
         return (
@@ -165,7 +165,7 @@ class Query(Node):
 
 
 Expr = Annotated[
-    Union[Literal_, Var, Name, ListExpr, Unary, Binary, BoolOp, Compare, IfElse, Item, Call, Query],
+    Literal_ | Var | Name | ListExpr | Unary | Binary | BoolOp | Compare | IfElse | Item | Call | Query,
     Field(discriminator="kind"),
 ]
 
@@ -195,7 +195,7 @@ class Range(Node):
     step: Expr | None = None
 
 
-IndexSpan = Annotated[Union[Every, At, Range], Field(discriminator="kind")]
+IndexSpan = Annotated[Every | At | Range, Field(discriminator="kind")]
 
 
 class Index(Node):
@@ -245,7 +245,7 @@ class RegexSelector(Node):
     cls_alternative_spans: tuple[Span, ...] = _positions()
 
 
-Selector = Annotated[Union[PathSelector, RegexSelector], Field(discriminator="kind")]
+Selector = Annotated[PathSelector | RegexSelector, Field(discriminator="kind")]
 
 
 class SelectorUnion(Node):
@@ -337,7 +337,7 @@ class Patch(Node):
 
 
 class Freeze(Node):
-    """`freeze ** except @new`, `train bias as biases`: `trainable` tells them apart, `label` names an optimizer group."""
+    """`freeze ** except @new`, `train bias as biases`: `trainable` tells them apart, `label` is an optimizer group."""
 
     kind: Literal["freeze"] = "freeze"
     trainable: bool = False
@@ -369,8 +369,8 @@ class Map(Node):
     using: OpCall | None = None
 
 
-ConditionalStatement = Annotated[Union[Patch, Freeze, Map, Require, When], Field(discriminator="kind")]
-Statement = Annotated[Union[Use, Param, Alias, Require, When, Patch, Freeze, Map], Field(discriminator="kind")]
+ConditionalStatement = Annotated[Patch | Freeze | Map | Require | When, Field(discriminator="kind")]
+Statement = Annotated[Use | Param | Alias | Require | When | Patch | Freeze | Map, Field(discriminator="kind")]
 
 
 class RuleFile(Node):

@@ -46,7 +46,7 @@ def make_plan(rules: RuleSet, tree: Tree, adapter: str | None = None, allow_impo
     _refuse(findings)
     scopes = [freeze_scope(tree, one) for one in freeze_reached]
     grads = decide(tree, scopes, added) if scopes else None
-    totals = _totals(tree, fresh, added, grads)
+    totals = _totals(tree, fresh, already, added, grads)
     warnings = [f for f in findings if f.severity != "error"]
     if grads is None and added and any(t.trainable for s in tree.signatures for t in s.parameters.values()):
         warnings.append(_base_trains(rules))
@@ -166,7 +166,9 @@ def _parameters_in(tree: Tree, scope: Scope, added: Added) -> Iterable[Parameter
 # ── sums and reports ──
 
 
-def _totals(tree: Tree, fresh: Sequence[Step], added: Added, grads: Grads | None) -> Totals:
+def _totals(
+    tree: Tree, fresh: Sequence[Step], already: Sequence[Step], added: Added, grads: Grads | None
+) -> Totals:
     rewritten = replaced = more = keys = moved = elements = size = 0
     for step in fresh:
         times = len(step.nodes)
@@ -174,7 +176,7 @@ def _totals(tree: Tree, fresh: Sequence[Step], added: Added, grads: Grads | None
         replaced += times * (step.op.symbol == "-/+")
         more += times * (step.op.symbol == "+")
         keys += times * len(step.adds)
-        elements += times * sum(t.numel for t in step.adds.values())
+        elements += _elements(step)
         size += times * sum(t.numel * _BYTES.get(t.dtype, 1) for t in step.adds.values())
         if step.op.exclusive:
             moved += sum(_keys_below(tree, node) for node in step.nodes)
@@ -182,13 +184,17 @@ def _totals(tree: Tree, fresh: Sequence[Step], added: Added, grads: Grads | None
         rewritten=rewritten,
         replaced=replaced,
         added_modules=more,
-        parameters_before=tree.numel(),
+        parameters_before=tree.numel() + sum(_elements(step) for step in already),
         parameters_added=elements,
         bytes_added=size,
         trainable=count_trainable(tree, grads, added),
         keys_added=keys,
         keys_moved=moved,
     )
+
+
+def _elements(step: Step) -> int:
+    return len(step.nodes) * sum(t.numel for t in step.adds.values())
 
 
 def _keys_below(tree: Tree, node: int) -> int:

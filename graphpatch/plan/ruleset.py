@@ -67,9 +67,9 @@ def load(name_or_path: str | PathLike[str], /, **params: Any) -> RuleSet:
 
     Raises `RuleError` with everything that is wrong in the file and in those it uses.
     """
-    return RuleSet(load_program(name_or_path, params))
+    return RuleSet(load_program(name_or_path, params, complete=False))
 
 
 def parse(text: str, /, **params: Any) -> RuleSet:
     """The rules of a text. `use` finds packaged names and absolute paths. Raises as `load` does."""
-    return RuleSet(parse_program(text, params))
+    return RuleSet(parse_program(text, params, complete=False))

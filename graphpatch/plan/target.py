@@ -139,7 +139,7 @@ class TargetScope(FileScope):
             if not isinstance(value, Tensor) or fact not in _TENSOR_FACTS:
                 raise EvaluationError(f"`{dotted}`: only parameters have parts, .shape .ndim .dtype", span)
             value = _tensor_fact(value, fact)
-        return _as_list(value)
+        return value
 
     def config(self) -> Mapping[str, Any] | None:
         return self.facts.tree.config_of(self.facts.node)

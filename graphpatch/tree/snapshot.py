@@ -7,9 +7,10 @@ only a tuple never seen before becomes a `Signature`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
 from operator import itemgetter
-from typing import Any, Callable, Iterable, NamedTuple
+from typing import Any, Callable, Iterable
 
 import torch
 from torch import nn
@@ -42,8 +43,12 @@ def snapshot(model: nn.Module) -> Tree:
     return _Walk(model).tree
 
 
-class _Layout(NamedTuple):
-    """What is known of all modules of one class whose `__dict__` has the same names with the same types."""
+@dataclass(eq=False, slots=True)
+class _Layout:
+    """What is known of all modules of one class whose `__dict__` has the same names with the same types.
+
+    Compared by identity: one object for each class and layout.
+    """
 
     read: Callable[[dict[str, Any]], Any] | None
     """Takes the scalars out of a `__dict__`."""

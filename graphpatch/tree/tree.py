@@ -86,8 +86,10 @@ Segment = tuple[str, int, int]
 
 
 def index_of(name: str) -> int:
-    """The integer a path segment is, else -1: `5` is one, `05` and `+5` are names."""
-    return int(name) if name.isdecimal() and name.isascii() and (name[0] != "0" or name == "0") else -1
+    """The integer a path segment is, else -1: `5` is one, `05`, `+5` and what has over nine digits are names."""
+    if not name.isdecimal() or not name.isascii() or len(name) > 9 or (name[0] == "0" and name != "0"):
+        return -1
+    return int(name)
 
 
 @dataclass(eq=False)

@@ -15,7 +15,7 @@ from ..lang.diagnostics import ApplyError, Diagnostic, Error
 from ..tree.tree import Tree
 from .change import ModuleChange
 from .drift import bind, unwrapped
-from .grads import set_flags
+from .grads import set_flags, set_single_flags
 from .imports import brief
 from .patch import Patch, undo
 from .preflight import Preflight
@@ -76,14 +76,17 @@ def apply_plan(plan: Plan, model: nn.Module, allow_import: Sequence[str] = ()) -
     try:
         # Parameters made in inference mode could never be trained.
         with torch.inference_mode(False), torch.no_grad():
+            anew = any(isinstance(change, ModuleChange) for change in changes)
+            if plan.grads is not None and not anew:
+                # Before anything is added, what is added need not be passed over.
+                set_flags(tree, plan.grads, journal.flags)
             for change in changes:
                 journal.changes.append(change)
                 change.do()
-            if plan.grads is not None:
-                if any(isinstance(change, ModuleChange) for change in changes):
-                    _freeze_anew(plan, tree, root, journal)
-                else:
-                    set_flags(tree, plan.grads, None, journal.flags)
+            if plan.grads is not None and not anew:
+                set_single_flags(tree, plan.grads, journal.flags)
+            elif anew:
+                _freeze_anew(plan, tree, root, journal)
         root.__dict__[JOURNALS] = [*journals_of(root), journal]
     except BaseException as error:
         undo(root, journal)
@@ -105,4 +108,5 @@ def _freeze_anew(plan: Plan, tree: Tree, root: nn.Module, journal: Journal) -> N
     bound = plan if plan.tree is tree else replace(plan, tree=tree)
     now = bound.refreeze(root)
     if now is not None:
-        set_flags(now.tree, now.grads, now.added, journal.flags)
+        set_flags(now.tree, now.grads, journal.flags, now.added)
+        set_single_flags(now.tree, now.grads, journal.flags)

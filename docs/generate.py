@@ -25,6 +25,21 @@ _FAMILIES = {
     "6": "An adapter does not fit",
     "7": "The command line: what was asked for cannot be tried",
 }
+_MEANINGS = {
+    "GP100": "the file is too large, or no text in UTF-8",
+    "GP122": "this regex is refused: it could take forever on some names",
+    "GP123": "this regex does not compile",
+    "GP201": "no op is called `…`",
+    "GP203": "`…` has no argument `…`",
+    "GP204": "an argument has a value that the op does not take, or one is missing",
+    "GP205": "`…` takes a value of another type",
+    "GP220": "an expression has no value here",
+    "GP229": "an expression that needs no model has no value",
+    "GP404": "an index is out of range",
+    "GP410": "an op refuses a target, and says why",
+    "GP503": "the target's forward is never called, so a change there would do nothing",
+}
+"""For codes whose titles are put together elsewhere."""
 
 
 def pages() -> dict[Path, str]:
@@ -95,29 +110,21 @@ def diagnostics_page() -> str:
         codes = sorted(code for code in titles if code[2] == family)
         if codes:
             lines += ["", f"## GP{family}xx: {about}", "", "| code | says |", "|---|---|"]
-            lines += [f"| {code} | {_cell('<br>'.join(titles[code]))} |" for code in codes]
+            lines += [f"| {code} | {_cell(_MEANINGS.get(code) or '<br>'.join(titles[code]))} |" for code in codes]
     return "\n".join(lines) + "\n" + _GENERATED.format("the calls that make them")
 
 
 def codes_of(source: str) -> Iterator[tuple[str, str]]:
-    """Every code in a module that is an argument, with the title that stands behind it."""
-    for call in ast.walk(ast.parse(source)):
-        if not isinstance(call, ast.Call):
-            continue
-        values = [*call.args, *(keyword.value for keyword in call.keywords)]
-        for at, value in enumerate(values):
-            for code in _strings(value):
-                if _CODE.fullmatch(code):
-                    behind = call.args[at + 1] if at + 1 < len(call.args) else None
-                    yield code, _title(behind) if behind is not None else ""
-
-
-def _strings(node: ast.expr) -> Iterator[str]:
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        yield node.value
-    elif isinstance(node, ast.IfExp):
-        yield from _strings(node.body)
-        yield from _strings(node.orelse)
+    """Every code in a module, with the title that stands behind it where one does."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and _CODE.fullmatch(node.value):
+            yield node.value, ""
+        if isinstance(node, (ast.Call, ast.Tuple)):
+            parts = node.args if isinstance(node, ast.Call) else node.elts
+            for first, behind in zip(parts, parts[1:]):
+                if isinstance(first, ast.Constant) and isinstance(first.value, str) and _CODE.fullmatch(first.value):
+                    yield first.value, _title(behind)
 
 
 def _title(node: ast.expr) -> str:

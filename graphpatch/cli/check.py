@@ -49,7 +49,8 @@ def findings(file: str, settings: list[str]) -> list[Diagnostic]:
     from ..plan.check import check
 
     try:
-        return check(open_rules(file, settings, complete=False))
+        rules = open_rules(file, settings, complete=False)
+        return [*check(rules), *rules.program.style()]
     except CannotRun:
         raise
     except Error as error:

@@ -6,7 +6,8 @@ import argparse
 import re
 from pathlib import Path
 
-from ..lang.diagnostics import did_you_mean
+from ..lang.diagnostics import Error, did_you_mean
+from ..tree.headers import read_headers
 from ..tree.tree import Tree
 from .problem import CannotRun
 from .terminal import progress
@@ -23,12 +24,17 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def open_tree(name: str) -> Tree:
-    """The tree of what `name` names. No weights are read, no hub is asked; raises `CannotRun` (GP7xx)."""
+    """The tree of what `name` names. No weights are read, no hub is asked; raises `CannotRun` (GP7xx, GP43x)."""
     path = Path(name).expanduser()
-    if path.is_dir():
-        return _of_directory(path)
-    if path.is_file():
-        return _of_file(path)
+    try:
+        if path.is_dir():
+            return _of_directory(path)
+        if path.is_file():
+            return _of_file(path)
+    except CannotRun:
+        raise
+    except Error as error:
+        raise CannotRun.because(error) from None
     if _CALLABLE.fullmatch(name):
         from .named import build_named
 
@@ -37,11 +43,11 @@ def open_tree(name: str) -> Tree:
 
 
 def _of_directory(path: Path) -> Tree:
-    config, weights = path / "config.json", sorted(path.glob("*.safetensors"))
+    config, weights = path / "config.json", any(path.glob("*.safetensors"))
     if config.is_file():
         return _of_config(config, weights)
     if weights:
-        return _of_headers(weights, path.name)
+        return _of_headers(path)
     if (path / "adapter_config.json").is_file():
         raise CannotRun(
             "GP702", f"{path} holds an adapter, and no model", "give the directory of the model that the adapter belongs to"
@@ -55,13 +61,11 @@ def _of_directory(path: Path) -> Tree:
 
 
 def _of_file(path: Path) -> Tree:
-    if path.suffix == ".safetensors":
-        return _of_headers([path], path.name)
-    if path.name.endswith(".safetensors.index.json"):
-        return _of_headers(sorted(path.parent.glob("*.safetensors")), path.name)
+    if path.name.endswith((".safetensors", ".safetensors.index.json")):
+        return _of_headers(path)
     if path.suffix == ".json":
-        return _of_config(path, [])
-    if path.suffix == ".tree" or _begins_as_tree(path):
+        return _of_config(path, weights=False)
+    if path.suffix == ".tree" or _begins_with(path, b"graphpatch tree"):
         with progress(f"reading {path.name}"):
             return Tree.read(str(path))
     if path.suffix == ".rules":
@@ -72,30 +76,30 @@ def _of_file(path: Path) -> Tree:
     raise CannotRun("GP702", f"{path} is no model that graphpatch knows", KINDS)
 
 
-def _begins_as_tree(path: Path) -> bool:
-    """A tree that was written under another name, or comes through a pipe's file name."""
+def _begins_with(path: Path, start: bytes) -> bool:
     try:
         with path.open("rb") as file:
-            return file.read(15) == b"graphpatch tree"
+            return file.read(len(start)) == start
     except OSError:
         return False
 
 
-def _of_config(config: Path, weights: list[Path]) -> Tree:
+def _of_config(config: Path, weights: bool) -> Tree:
     from .huggingface import NoTransformersModel, build
 
     try:
         return build(config)
     except NoTransformersModel:
         if weights:
-            return _of_headers(weights, config.parent.name)
+            return _of_headers(config.parent)
         raise
 
 
-def _of_headers(files: list[Path], name: str) -> Tree:
-    from .headers import tree_of_headers
-
-    return tree_of_headers(files, name)
+def _of_headers(path: Path) -> Tree:
+    for file in path.glob("*.safetensors") if path.is_dir() else [path]:
+        if _begins_with(file, b"version https://git-lfs"):
+            raise CannotRun("GP706", f"{file} is a Git LFS pointer: the file itself was never fetched", "git lfs pull")
+    return read_headers(str(path))
 
 
 def _not_there(name: str, path: Path) -> CannotRun:

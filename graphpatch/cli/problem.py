@@ -11,6 +11,13 @@ class CannotRun(Error):
     def __init__(self, code: str, title: str, *fixes: str, text: tuple[str, ...] = ()):
         super().__init__(Diagnostic(code, title, text=text, fixes=tuple(filter(None, fixes))))
 
+    @classmethod
+    def because(cls, error: Error) -> CannotRun:
+        """What another room found, told as a reason not to run."""
+        made = cls("", "")
+        Error.__init__(made, error.diagnostics)
+        return made
+
 
 def first_line(error: BaseException) -> str:
     """`ValueError: what it says`, on one line of bearable length."""

@@ -24,7 +24,7 @@ def color_on(stream: TextIO | None = None) -> bool:
 
 
 def paint(text: str, code: str) -> str:
-    return f"{code}{text}{RESET}" if color_on() else text
+    return f"{code}{text}{RESET}" if code and color_on() else text
 
 
 def width() -> int:

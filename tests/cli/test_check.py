@@ -44,13 +44,9 @@ def test_a_file_alone_may_leave_a_param_open_and_a_plan_may_not(graphpatch, rule
     assert ran.code == 1 and "--set rank=" in ran.err
 
 
-def test_style_never_changes_the_exit_code(graphpatch, rules, monkeypatch):
-    from graphpatch.lang.diagnostics import Diagnostic
-    from graphpatch.plan import check
-
-    monkeypatch.setattr(check, "check", lambda rules: [Diagnostic("GP301", "a remark", severity="style")])
-    ran = graphpatch("check", rules(CLEAN))
-    assert ran.code == 0 and "GP301" in ran.out and "1 remark" in ran.out
+def test_style_never_changes_the_exit_code(graphpatch, rules):
+    ran = graphpatch("check", rules("patch {q,q}_proj with lora(rank=4)\nfreeze ** except @new\n"))
+    assert ran.code == 0 and "style GP301" in ran.out and "1 remark" in ran.out
 
 
 def test_json_is_clean_and_carries_its_version(graphpatch, rules):

@@ -116,31 +116,28 @@ def test_selectors_match_it_and_classes_are_an_error_there(graphpatch, rules, tm
 def test_shards_are_one_model_and_the_same_key_twice_is_none(tmp_path):
     save_file({"a.weight": torch.zeros(2)}, tmp_path / "model-1.safetensors")
     save_file({"b.weight": torch.zeros(2)}, tmp_path / "model-2.safetensors")
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
     assert open_tree(str(tmp_path)).names == ["", "a", "b"]
-    assert len(open_tree(str(tmp_path / "model.safetensors.index.json"))) == 3
     save_file({"b.weight": torch.zeros(2)}, tmp_path / "consolidated.safetensors")
-    assert "b.weight stands in consolidated.safetensors and in model-2.safetensors" in refused(tmp_path)
+    assert "holds `b.weight`, and so does a file before it" in refused(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a.weight": "model-1.safetensors", "b.weight": "model-2.safetensors"}}))
+    assert len(open_tree(str(index))) == len(open_tree(str(tmp_path))) == 3
 
 
 @pytest.mark.parametrize(
-    ("content", "why"),
-    [
-        (b"", "cut short"),
-        (b"\xff" * 8, "cut short"),
-        (struct.pack("<Q", 5) + b"{", "cut short"),
-        (struct.pack("<Q", 2) + b"[]", "no table"),
-        (struct.pack("<Q", 9) + b'{"a": {}}', "no shape"),
-        (struct.pack("<Q", 3) + b"{{{", "JSON"),
-        (struct.pack("<Q", 25) + b'{"a..b": {"shape": [1, 2]}}'[:25], "Expecting"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "git lfs pull"),
-    ],
+    "content", [b"", b"\xff" * 8, struct.pack("<Q", 5) + b"{", struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 3) + b"{{{"]
 )
-def test_broken_safetensors(tmp_path, content, why):
+def test_broken_safetensors(graphpatch, tmp_path, content):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
-    said = refused(path)
-    assert said.startswith("error GP706") and why in said
+    for arguments in (["tree"], ["explain", "q", "lora"]):
+        ran = graphpatch(*arguments, "--model", path)
+        assert ran.code == 2 and ran.out == "" and f"{path} is not a safetensors file" in ran.err
+
+
+def test_a_pointer_of_git_lfs_is_known(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1")
+    assert "git lfs pull" in refused(tmp_path)
 
 
 # ── package.module:callable ──

@@ -1,0 +1,167 @@
+"""What docs/ and the README say is so: blocks parse, selectors match, examples run, generated pages are as generated."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from graphpatch import Tree, parse
+from graphpatch.cli.main import main
+from graphpatch.lang.parser import parse_rules
+from graphpatch.plan.select import matches
+from graphpatch.tree.compress import compress
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def blocks(kind: str) -> list:
+    """Every fenced block of a kind, as (page, line, text)."""
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for block in re.finditer(rf"^```{kind}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+            line = text[: block.start()].count("\n") + 1
+            found.append(pytest.param(block[1], id=f"{page.name}:{line}"))
+    return found
+
+
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("text", blocks("rules"))
+def test_every_rule_block_parses(text):
+    assert parse_rules(text, "block").statements
+
+
+def selectors() -> list:
+    lines = [(block.id, line) for block in blocks("selectors") for line in block.values[0].splitlines() if line]
+    return [pytest.param(*re.split(r" {2,}", line, maxsplit=1), id=line.split("  ")[0]) for _, line in lines]
+
+
+@pytest.fixture(scope="module")
+def little() -> Tree:
+    return Tree.read(str(ROOT / "docs" / "little.tree"))
+
+
+@pytest.mark.parametrize(("selector", "matched"), selectors())
+def test_every_selector_matches_what_the_page_says(little, selector, matched):
+    _, hits = matches(little, selector)
+    assert compress(little, hits.nodes, hits.parameters) == matched.split(" | ")
+    # And what is said to be matched, read as a selector, matches the same.
+    _, again = matches(little, matched)
+    assert (again.nodes, again.parameters) == (hits.nodes, hits.parameters)
+
+
+def test_there_are_selectors_of_every_kind():
+    kinds = ["^", "**", "{", "|", "[", ":", "@", "/", ".weight"]
+    texts = [parameters.values[0] for parameters in selectors()]
+    assert all(any(kind in text for text in texts) for kind in kinds)
+
+
+def run_python(page: Path) -> None:
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL))
+    assert code
+    exec(compile(code, page.name, "exec"), {"__name__": "__page__"})
+
+
+def test_the_examples_of_the_python_page_run(monkeypatch):
+    # deepcopy and pickle look a class up by its module.
+    monkeypatch.setitem(sys.modules, "__page__", ModuleType("__page__"))
+    run_python(ROOT / "docs" / "python.md")
+
+
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "bfloat16",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+
+
+@pytest.fixture
+def readme(tmp_path, monkeypatch) -> str:
+    """The README, with its rule file in the current directory."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rules = re.search(r"^```rules\n(# lora\.rules.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / "lora.rules").write_text(rules[1])
+    (tmp_path / "typo.rules").write_text("patch layers[*].self_attn.{q,k,w}_proj with lora(rank=16)\n")
+    (tmp_path / "llama").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return text
+
+
+def test_the_output_that_the_readme_shows_is_what_is_printed(readme, capsys):
+    Path("llama/config.json").write_text(json.dumps(LLAMA_8B))
+    shown = re.findall(r"^```console\n\$ graphpatch (.*?)\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    assert len(shown) == 2
+    for command, output in shown:
+        main(command.split())
+        printed = capsys.readouterr()
+        assert printed.out + printed.err == output
+
+
+def test_the_python_example_of_the_readme_runs(readme, capsys):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 64}
+    LlamaForCausalLM(LlamaConfig(**LLAMA_8B | small)).save_pretrained("llama")
+    run_python(ROOT / "README.md")
+
+
+def test_the_generated_pages_are_what_they_would_be_generated_as():
+    for path, text in generator().pages().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name} is out of date: make docs"
+
+
+def test_every_op_has_a_page():
+    from graphpatch.ops.registry import find, names
+
+    built_in = {name for name in names() if find(name).__module__.startswith("graphpatch.")}
+    assert {p.stem for p in (ROOT / "docs" / "ops").glob("*.md")} - {"README"} == built_in
+
+
+def test_every_code_in_the_source_has_its_line_in_the_table():
+    used = set()
+    for path in (ROOT / "graphpatch").rglob("*.py"):
+        used |= set(re.findall(r'"(GP\d{3})"', path.read_text(encoding="utf-8")))
+    page = (ROOT / "docs" / "diagnostics.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\| (GP\d{3}) \| .*\w", page, re.MULTILINE))
+    assert used == listed and len(used) > 40
+
+
+def test_every_statement_of_the_grammar_is_on_the_language_page():
+    page = (ROOT / "docs" / "language.md").read_text(encoding="utf-8")
+    grammar = (ROOT / "graphpatch" / "lang" / "rules.lark").read_text(encoding="utf-8")
+    statements = re.search(r"^\?statement: (.*)$", grammar, re.MULTILINE)[1].split(" | ")
+    shown = "\n".join(block.values[0] for block in blocks("rules") if "language" in block.id)
+    assert len(statements) == 9 and all(re.search(rf"^\s*{s}\b", shown, re.MULTILINE) for s in statements)
+    assert f"?statement: {' | '.join(statements)}" in page
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_rule_file_of_the_language_page_plans_on_little_tree(little):
+    text = blocks("rules")[[b.id.startswith("language") for b in blocks("rules")].index(True)].values[0]
+    assert len(parse(text).plan(little).changes) == 16

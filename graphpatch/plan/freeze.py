@@ -174,5 +174,30 @@ def count_trainable(tree: Tree, grads: Grads | None, added: Added) -> int:
     return total
 
 
+def elements_in(tree: Tree, scope: Scope, added: Added) -> int:
+    """How many elements a single freeze or train rule speaks of, tied parameters once."""
+    own = [sum(t.numel for t in signature.parameters.values()) for signature in tree.signatures]
+    stretches = list(_minus(scope.hits.intervals, scope.excepted.intervals))
+    total = 0
+    for start, end in stretches:
+        total += sum(own[kind] * times for kind, times in Counter(tree.signature_of[start:end]).items())
+    for alias, first in tree.ties:
+        if _inside(alias[0], stretches) and (_inside(first[0], stretches) or scope.hits.covers(first)):
+            total -= tree.signature(alias[0]).parameters[alias[1]].numel
+    for node, name in scope.hits.parameters:
+        tensor = tree.signature(node).parameters.get(name) or added.get(node, {}).get(name)
+        if tensor is not None and not _inside(node, stretches) and not scope.excepted.covers((node, name)):
+            total += tensor.numel
+    for node, name in scope.excepted.parameters:
+        tensor = tree.signature(node).parameters.get(name)
+        if tensor is not None and _inside(node, stretches):
+            total -= tensor.numel
+    if not scope.except_new:
+        for node, tensors in added.items():
+            if scope.new or _inside(node, stretches):
+                total += sum(t.numel for t in tensors.values())
+    return total
+
+
 def _trains(state: int, tensor: Tensor) -> bool:
     return state == TRAIN or (state == LEAVE and tensor.trainable)

@@ -11,7 +11,7 @@ from ..tree.compress import compress
 from ..tree.tree import Mark, Parameter, Tree
 from .conflicts import settle
 from .drafts import Draft, drafts, steps
-from .freeze import Added, Grads, Scope, added_by, count_trainable, decide, freeze_scope
+from .freeze import Added, Grads, Scope, added_by, count_trainable, decide, elements_in, freeze_scope
 from .plan import Outcome, Plan, Step, Totals
 from .expect import reach_all
 from .reach import Reach
@@ -223,20 +223,11 @@ def _freeze_outcomes(
 ) -> Iterable[Outcome]:
     for one, scope in zip(reached, scopes, strict=True):
         verb = "train" if scope.trainable else "freeze"
-        alone = decide(tree, [scope], added)
-        elements = _acted_on(tree, alone, added)
         yield Outcome(
-            one.rule.where, f"{verb} {one.rule.target_text()}", len(one), one.coverage, not scope.trainable, elements
+            one.rule.where,
+            f"{verb} {one.rule.target_text()}",
+            len(one),
+            one.coverage,
+            frozen=not scope.trainable,
+            parameters=elements_in(tree, scope, added),
         )
-
-
-def _acted_on(tree: Tree, grads: Grads, added: Added) -> int:
-    """How many elements a single freeze or train rule speaks of."""
-    flipped = Grads(
-        bytearray(2 if state else 1 for state in grads.own),
-        bytearray(2 if state else 1 for state in grads.added),
-        {parameter: 2 if state else 1 for parameter, state in grads.each.items()},
-    )
-    return count_trainable(tree, flipped, added)
-
-

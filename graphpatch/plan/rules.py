@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ..lang.diagnostics import Diagnostic, Error, PlanError
 from ..lang.formatter import format_expression, format_selector
-from ..lang.syntax import Freeze, PathSelector, Patch, Require, SelectorUnion, Statement, When
+from ..lang.syntax import Freeze, Patch, PathSelector, Require, SelectorUnion, Statement, Step, When
 from ..tree.select import Compiled, Hits, compile_selector, match
 from ..tree.tree import Tree
 from .scope import FileScope, World
@@ -44,7 +44,8 @@ class Rule:
 
     def target_text(self) -> str:
         """What it acts on, as written."""
-        return format_selector(self.statement.selector)
+        text = format_selector(self.statement.selector)
+        return f"{text} except {format_selector(self.statement.except_)}" if self.statement.except_ else text
 
     def selectors(self) -> list[Compiled]:
         return [c for c in (self.target, self.excepted, self.per) if c is not None]
@@ -119,6 +120,8 @@ def _rule(statement: Patch | Freeze, scope: FileScope) -> Rule:
     excepted, except_new = _without_new(statement.except_, scope) if statement.except_ else (None, False)
     if new and isinstance(statement, Patch):
         scope.fail("GP224", "`@new` cannot be patched", statement.selector.span, "nothing that a patch creates is matched again")
+    if isinstance(statement, Freeze) and not statement.expect and not statement.where:
+        selector = _shortest(selector)
     per = statement.expect.per if statement.expect else None
     return Rule(
         statement,
@@ -139,6 +142,18 @@ def _without_new(union: SelectorUnion, scope: FileScope) -> tuple[SelectorUnion,
             if step.kind == "role" and step.name == NEW:
                 scope.fail("GP224", "`@new` stands alone", step.span, "write it as a branch of its own: ... | @new")
     return union.model_copy(update={"branches": kept}), len(kept) < len(union.branches)
+
+
+def _shortest(union: SelectorUnion) -> SelectorUnion:
+    """`**` as `^`: to act on all at or below every module is to act on all at or below the root."""
+    everything = (Step(name="**"),)
+    branches = tuple(
+        PathSelector(anchored=True, span=b.span)
+        if isinstance(b, PathSelector) and b.steps == everything and not b.cls
+        else b
+        for b in union.branches
+    )
+    return union.model_copy(update={"branches": branches})
 
 
 def _is_new(branch: object) -> bool:

@@ -1,4 +1,4 @@
-"""Writes the pages of docs/ that are made from the source: ops/*.md, diagnostics.md, and the grammar in language.md.
+"""Writes what is made from the source: docs/ops/*.md, diagnostics.md, the grammar in language.md, the README's output.
 
 Run by `make docs`; a test fails where a page is not what this would write.
 """
@@ -6,15 +6,23 @@ Run by `make docs`; a test fails where a page is not what this would write.
 from __future__ import annotations
 
 import ast
+import io
+import json
+import os
 import re
+import tempfile
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from itertools import pairwise
 from pathlib import Path
 
+from graphpatch.cli.main import main as graphpatch
 from graphpatch.cli.op_facts import OpFacts, op_facts
 from graphpatch.ops.registry import find, names
 
 DOCS = Path(__file__).parent
 PACKAGE = DOCS.parent / "graphpatch"
+README = DOCS.parent / "README.md"
 _CODE = re.compile(r"GP\d{3}")
 _FAMILIES = {
     "1": "The text is no rule file",
@@ -51,6 +59,7 @@ def pages() -> dict[Path, str]:
     found[DOCS / "diagnostics.md"] = diagnostics_page()
     language = DOCS / "language.md"
     found[language] = with_grammar(language.read_text(encoding="utf-8"))
+    found[README] = with_output(README.read_text(encoding="utf-8"))
     return found
 
 
@@ -122,7 +131,7 @@ def codes_of(source: str) -> Iterator[tuple[str, str]]:
             yield node.value, ""
         if isinstance(node, (ast.Call, ast.Tuple)):
             parts = node.args if isinstance(node, ast.Call) else node.elts
-            for first, behind in zip(parts, parts[1:]):
+            for first, behind in pairwise(parts):
                 if isinstance(first, ast.Constant) and isinstance(first.value, str) and _CODE.fullmatch(first.value):
                     yield first.value, _title(behind)
 
@@ -150,6 +159,47 @@ def with_grammar(page: str) -> str:
     rules = grammar[grammar.index("start:") : grammar.index("// ── Words")].strip()
     block = f"<!-- grammar -->\n```lark\n{rules}\n```\n<!-- end of grammar -->"
     return re.sub(r"<!-- grammar -->.*<!-- end of grammar -->", lambda _: block, page, flags=re.DOTALL)
+
+
+# ── what the README's commands print ──
+
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "bfloat16",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+TYPO = "patch layers[*].self_attn.{q,k,w}_proj with lora(rank=16)\n"
+
+
+def with_output(page: str) -> str:
+    """The page with the output of its commands, run where its rule file and the config of a Llama of 8 B lie."""
+    rules = re.search(r"^```rules\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert rules is not None
+    here = os.getcwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            Path("llama").mkdir()
+            Path("llama/config.json").write_text(json.dumps(LLAMA_8B))
+            Path("lora.rules").write_text(rules[1])
+            Path("typo.rules").write_text(TYPO)
+            command = re.compile(r"^```console\n\$ graphpatch (.*?)\n.*?^```$", re.MULTILINE | re.DOTALL)
+            return command.sub(lambda found: f"```console\n$ graphpatch {found[1]}\n{_printed(found[1])}```", page)
+        finally:
+            os.chdir(here)
+
+
+def _printed(command: str) -> str:
+    output = io.StringIO()
+    with redirect_stdout(output), redirect_stderr(output):
+        graphpatch(command.split())
+    return output.getvalue()
 
 
 def main() -> None:

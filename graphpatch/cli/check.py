@@ -1,4 +1,4 @@
-"""`graphpatch check`: everything that is wrong with rule files, as far as can be told without a model. Needs no torch."""
+"""`graphpatch check`: all that is wrong with rule files, as far as can be told without a model. Needs no torch."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def run(options: argparse.Namespace) -> int:
             print(diagnostic.render(color_on()), end="\n\n")
         if found:
             print(_summary(found))
-    for error in missing:
-        print_error(error)
+    for refusal in missing:
+        print_error(refusal)
     if missing:
         return 2
     return int(any(d.severity != "style" for d in everything))

@@ -29,8 +29,8 @@ class NoTransformersModel(CannotRun):
 def build(path: Path) -> Tree:
     """The tree of the model that the config at `path` describes.
 
-    Raises `NoTransformersModel` (GP704) where its class is not in Transformers, `CannotRun` (GP703, GP705, GP709) where the
-    file is broken, the model cannot be built, or Transformers is not installed.
+    Raises `NoTransformersModel` (GP704) where its class is not in Transformers, `CannotRun` (GP703, GP705, GP709)
+    where the file is broken, the model cannot be built, or Transformers is not installed.
     """
     config = _read(path)
     with quiet():
@@ -82,7 +82,9 @@ def _model_class(config: dict[str, Any], path: Path) -> type[PreTrainedModel]:
     text: tuple[str, ...] = ()
     fixes = [did_you_mean(name, (n for n in dir(transformers) if n[:3].lower() == name[:3].lower()))]
     if "auto_map" in config:
-        text = ("its code comes with the checkpoint (`auto_map`), and graphpatch runs no code that a checkpoint brings",)
+        text = (
+            "its code comes with the checkpoint (`auto_map`), and graphpatch runs no code that a checkpoint brings",
+        )
     raise NoTransformersModel(
         "GP704", f"transformers {transformers.__version__} has no model class {name}", *fixes, _CALLABLE, text=text
     )
@@ -119,7 +121,7 @@ def _on_meta(cls: type[PreTrainedModel], config: dict[str, Any], path: Path) -> 
         note("the checkpoint is quantised; the tree shows the classes of the model as it was before")
     try:
         with torch.device("meta"):
-            return cls._from_config(cls.config_class.from_dict(plain))
+            return cls._from_config(cls.config_class.from_dict(plain))  # type: ignore[union-attr]
     except Exception as error:  # whatever a model's constructor makes of a config
         raise CannotRun(
             "GP705",

@@ -1,4 +1,4 @@
-"""`graphpatch`: which command runs, and what becomes of errors: one clear message and an exit code, never a traceback."""
+"""`graphpatch`: which command runs, and what becomes of errors: one message and an exit code, never a traceback."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ class Parser(argparse.ArgumentParser):
         command = self.prog.partition(" ")[2]
         if "invalid choice: " in message:
             word = message.partition("invalid choice: ")[2].partition(" ")[0].strip("'\"")
-            message = f"there is no command `{word}`; " + (did_you_mean(word, COMMANDS) or f"commands: {', '.join(COMMANDS)}")
+            message = f"there is no command `{word}`; " + (
+                did_you_mean(word, COMMANDS) or f"commands: {', '.join(COMMANDS)}"
+            )
         self.print_usage(sys.stderr)
         self.exit(_failed(command, could_not_run=True), f"{self.prog}: {message}\n")
 
@@ -77,8 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("GRAPHPATCH_DEBUG"):
             raise
         print(
-            f"graphpatch: internal error, please report it: {first_line(error)}\n"
-            "  = GRAPHPATCH_DEBUG=1 shows where",
+            f"graphpatch: internal error, please report it: {first_line(error)}\n  = GRAPHPATCH_DEBUG=1 shows where",
             file=sys.stderr,
         )
         return _failed(command, could_not_run=True)
@@ -124,5 +125,3 @@ def _version() -> str:
         except PackageNotFoundError:
             others.append(f"{package} not installed")
     return f"graphpatch {__version__} ({', '.join(others)}, Python {sys.version.split()[0]})"
-
-

@@ -11,7 +11,7 @@ from ..plan.select import matches
 from ..tree.compress import compress
 from ..tree.nearmiss import near_miss
 from ..tree.select import Compiled, Hits
-from ..tree.tree import Tree
+from ..tree.tree import Parameter, Tree
 from .model import add_model, open_tree
 from .terminal import BOLD, color_on, paint
 
@@ -76,7 +76,8 @@ def _dead(tree: Tree, text: str, compiled: Compiled, hits: Hits) -> list[Diagnos
         place = Place(source, miss.span or compiled.union.span or whole, miss.text)
         return [Diagnostic("GP401", "the selector matches nothing", (place,))]
     seen = 0
-    for hit in [*hits.nodes, *hits.parameters]:
+    everywhere: list[int | Parameter] = [*hits.nodes, *hits.parameters] if compiled.alternatives else []
+    for hit in everywhere:
         seen |= hits.alternatives(hit)
     findings = []
     for at, alternative in enumerate(compiled.alternatives):

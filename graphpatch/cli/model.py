@@ -1,4 +1,4 @@
-"""What `--model` names, as a `Tree`: a Hugging Face directory or config, a `.tree`, safetensors, `package.module:callable`."""
+"""What `--model` names, as a `Tree`: a Hugging Face config, a `.tree`, safetensors, `package.module:callable`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ def _of_directory(path: Path) -> Tree:
         return _of_headers(path)
     if (path / "adapter_config.json").is_file():
         raise CannotRun(
-            "GP702", f"{path} holds an adapter, and no model", "give the directory of the model that the adapter belongs to"
+            "GP702",
+            f"{path} holds an adapter, and no model",
+            "give the directory of the model that the adapter belongs to",
         )
     trees = sorted(p.name for p in path.glob("*.tree"))
     raise CannotRun(

@@ -15,7 +15,10 @@ from .terminal import progress
 
 
 def build_named(name: str) -> Tree:
-    """The tree of what the callable returns, or of the model or tree that stands there itself; raises `CannotRun` (GP707)."""
+    """The tree of what the callable returns, or of the model or tree that stands there itself.
+
+    Raises `CannotRun` (GP707).
+    """
     module_name, _, attribute = name.partition(":")
     here = str(Path.cwd())
     if here not in sys.path:

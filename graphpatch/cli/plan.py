@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import TYPE_CHECKING
 
 from ..lang.diagnostics import Error
 from .model import add_model, open_tree
@@ -11,6 +12,9 @@ from .output import write_text
 from .problem import CannotRun
 from .rule_files import FILE_HELP, add_settings, open_rules
 from .terminal import color_on, note, progress
+
+if TYPE_CHECKING:
+    from ..plan.plan import Plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -25,9 +25,9 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def open_rules(name: str, settings: Sequence[str] = (), *, complete: bool = True) -> RuleSet:
-    """The rules of a file; raises `RuleError` for what is wrong in it, `CannotRun` (GP701, GP710) where there is no file.
+    """The rules of a file; `complete` asks that every param has a value.
 
-    `complete` asks that every param has a value.
+    Raises `RuleError` for what is wrong in it, `CannotRun` (GP701, GP710) where there is no file or a setting is none.
     """
     params = dict(map(_setting, settings))
     if name == "-":

@@ -22,7 +22,9 @@ def run(options: argparse.Namespace) -> int:
     if options.name:
         if options.name not in names:
             near = did_you_mean(options.name, names)
-            raise CannotRun("GP712", f"no packaged rules are called `{options.name}`", near, f"there are {', '.join(names)}")
+            raise CannotRun(
+                "GP712", f"no packaged rules are called `{options.name}`", near, f"there are {', '.join(names)}"
+            )
         sys.stdout.write(_text(options.name))
         return 0
     column = max(map(len, names), default=0) + 2

@@ -15,7 +15,7 @@ BOLD, DIM, GREEN, YELLOW, RED, RESET = "\x1b[1m", "\x1b[2m", "\x1b[32m", "\x1b[3
 
 
 def color_on(stream: TextIO | None = None) -> bool:
-    """Whether to colour: on a terminal, unless NO_COLOR is set (https://no-color.org); FORCE_COLOR colours a pipe too."""
+    """Whether to colour: on a terminal, unless NO_COLOR is set (no-color.org); FORCE_COLOR colours a pipe too."""
     if os.environ.get("NO_COLOR"):
         return False
     if os.environ.get("FORCE_COLOR"):

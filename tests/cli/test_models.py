@@ -36,7 +36,9 @@ def test_a_config_gives_the_tree_of_the_model_that_transformers_builds(llama):
 
 
 def test_without_architectures_it_is_the_plain_model_and_that_is_said(tmp_path, capsys):
-    tree = open_tree(str(config(tmp_path, model_type="bert", num_hidden_layers=2, hidden_size=32, num_attention_heads=2)))
+    tree = open_tree(
+        str(config(tmp_path, model_type="bert", num_hidden_layers=2, hidden_size=32, num_attention_heads=2))
+    )
     assert tree.title == "BertModel"
     assert "names no architecture; BertModel" in capsys.readouterr().err
 
@@ -50,7 +52,11 @@ def test_the_attention_kernel_and_the_quantisation_of_a_checkpoint_do_not_matter
 
 def test_no_code_of_a_checkpoint_is_run(tmp_path):
     (tmp_path / "modeling_evil.py").write_text("raise SystemExit('ran')")
-    entries = {"architectures": ["EvilModel"], "model_type": "evil", "auto_map": {"AutoModel": "modeling_evil.EvilModel"}}
+    entries = {
+        "architectures": ["EvilModel"],
+        "model_type": "evil",
+        "auto_map": {"AutoModel": "modeling_evil.EvilModel"},
+    }
     said = refused(config(tmp_path, **entries))
     assert "no model class EvilModel" in said and "runs no code that a checkpoint brings" in said
 
@@ -98,7 +104,7 @@ def test_its_structure_is_that_of_the_model_it_was_saved_from(tmp_path, llama):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(LlamaConfig(**json.loads((llama / "config.json").read_text())))
-    save_file({k: v for k, v in model.state_dict().items()}, tmp_path / "model.safetensors")
+    save_file(dict(model.state_dict()), tmp_path / "model.safetensors")
     headers, live = open_tree(str(tmp_path)), Tree.of(model)
     with_parameters = {p for p in live.paths if live.signature(live.find(p)).parameters}
     assert {p for p in headers.paths if headers.signature(headers.find(p)).parameters} == with_parameters
@@ -125,7 +131,8 @@ def test_shards_are_one_model_and_the_same_key_twice_is_none(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\xff" * 8, struct.pack("<Q", 5) + b"{", struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 3) + b"{{{"]
+    "content",
+    [b"", b"\xff" * 8, struct.pack("<Q", 5) + b"{", struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 3) + b"{{{"],
 )
 def test_broken_safetensors(graphpatch, tmp_path, content):
     path = tmp_path / "model.safetensors"

@@ -149,7 +149,12 @@ def test_ops_lists_all_and_shows_one_in_full(graphpatch):
     assert listed.code == 0
     assert {line.split()[0] for line in listed.out.splitlines()} >= {"lora", "set", "scale.output", "replace", "wrap"}
     page = graphpatch("ops", "lora").out
-    for said in ("lora(rank=8", "whole number, at least 1 (default 8)", "arXiv:2106.09685", "torch.nn.modules.linear.Linear"):
+    for said in (
+        "lora(rank=8",
+        "whole number, at least 1 (default 8)",
+        "arXiv:2106.09685",
+        "torch.nn.modules.linear.Linear",
+    ):
         assert said in page
 
 

@@ -30,7 +30,12 @@ def test_a_packaged_file_by_name_with_its_params(graphpatch, llama_tree):
 
 @pytest.mark.parametrize(
     ("setting", "said"),
-    [("rank=x", "takes an int"), ("rank=2.5", "takes an int"), ("rnak=2", "did you mean `rank`?"), ("rank", "NAME=VALUE")],
+    [
+        ("rank=x", "takes an int"),
+        ("rank=2.5", "takes an int"),
+        ("rnak=2", "did you mean `rank`?"),
+        ("rank", "NAME=VALUE"),
+    ],
 )
 def test_a_setting_that_does_not_fit(graphpatch, llama_tree, setting, said):
     ran = graphpatch("plan", "lora", "--model", llama_tree, "--set", setting)

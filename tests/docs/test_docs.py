@@ -1,9 +1,8 @@
-"""What docs/ and the README say is so: blocks parse, selectors match, examples run, generated pages are as generated."""
+"""What docs/ and the README say is so: blocks parse, selectors match, examples run, generated pages are current."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 import sys
 from pathlib import Path
@@ -12,7 +11,6 @@ from types import ModuleType
 import pytest
 
 from graphpatch import Tree, parse
-from graphpatch.cli.main import main
 from graphpatch.lang.parser import parse_rules
 from graphpatch.plan.select import matches
 from graphpatch.tree.compress import compress
@@ -82,50 +80,33 @@ def test_the_examples_of_the_python_page_run(monkeypatch):
     run_python(ROOT / "docs" / "python.md")
 
 
-LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "dtype": "bfloat16",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-}
-
-
-@pytest.fixture
-def readme(tmp_path, monkeypatch) -> str:
-    """The README, with its rule file in the current directory."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    rules = re.search(r"^```rules\n(# lora\.rules.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    (tmp_path / "lora.rules").write_text(rules[1])
-    (tmp_path / "typo.rules").write_text("patch layers[*].self_attn.{q,k,w}_proj with lora(rank=16)\n")
-    (tmp_path / "llama").mkdir()
-    monkeypatch.chdir(tmp_path)
-    return text
-
-
-def test_the_output_that_the_readme_shows_is_what_is_printed(readme, capsys):
-    Path("llama/config.json").write_text(json.dumps(LLAMA_8B))
-    shown = re.findall(r"^```console\n\$ graphpatch (.*?)\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
-    assert len(shown) == 2
-    for command, output in shown:
-        main(command.split())
-        printed = capsys.readouterr()
-        assert printed.out + printed.err == output
-
-
-def test_the_python_example_of_the_readme_runs(readme, capsys):
+def test_the_python_example_of_the_readme_runs(tmp_path, monkeypatch):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    small = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 64}
-    LlamaForCausalLM(LlamaConfig(**LLAMA_8B | small)).save_pretrained("llama")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "lora.rules").write_text(re.search(r"^```rules\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)[1])
+    monkeypatch.chdir(tmp_path)
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": 64,
+    }
+    LlamaForCausalLM(LlamaConfig(**generator().LLAMA_8B | small)).save_pretrained("llama")
     run_python(ROOT / "README.md")
 
 
-def test_the_generated_pages_are_what_they_would_be_generated_as():
+def test_the_readme_shows_a_plan_and_a_refusal():
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^```console\n\$ graphpatch (.*?)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert [command for command, _ in shown] == ["plan lora.rules --model ./llama", "plan typo.rules --model ./llama"]
+    plan, refusal = (output for _, output in shown)
+    assert "128 to rewrite" in plan and "4 x 24" in plan and refusal.startswith("error GP402: `{w}` matches nothing")
+
+
+def test_the_generated_pages_are_what_they_would_be_generated_as(monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
     for path, text in generator().pages().items():
         assert path.read_text(encoding="utf-8") == text, f"{path.name} is out of date: make docs"
 

@@ -11,7 +11,7 @@ from ..lang.syntax import OpCall, Patch, Statement, When
 from ..ops.arguments import arguments
 from ..ops.registry import find
 from ..tree.tree import Signature, Tree
-from .drafts import checked_build
+from .opcall import checked_build
 from .ruleset import RuleSet
 from .scope import FileScope, World
 

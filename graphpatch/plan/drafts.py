@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from ..lang.diagnostics import Diagnostic, Error, Span
+from ..lang.diagnostics import Diagnostic, Error
 from ..lang.syntax import OpCall
 from ..ops.op import Op, Refusal, Target
-from ..ops.arguments import ArgumentError, UnknownOp, build
 from ..tree.compress import compress
 from ..tree.tree import Tensor, Tree
+from .opcall import build_op
 from .plan import Step
 from .reach import Reach
 from .rules import Rule
-from .scope import FileScope
 from .target import Hit, TargetFacts, TargetScope, by_difference, needs, owner
 
 
@@ -61,33 +59,6 @@ def _ops(tree: Tree, reached: Reach, call: OpCall, adapter: str | None) -> Seque
         op = build_op(call, TargetScope(rule.scope, facts, strict=True)).named(adapter)
         made.setdefault(op, []).extend(hits)
     return [(op, sorted(hits, key=lambda h: (owner(h), str(h)))) for op, hits in made.items()]
-
-
-def build_op(call: OpCall, scope: FileScope) -> Op:
-    """The op of a rule; raises `PlanError` (GP201 unknown op, GP203 unknown argument, GP204 bad value) with its place."""
-    positional = [scope.value(arg.value) for arg in call.args if arg.name is None]
-    named = {arg.name: scope.value(arg.value) for arg in call.args if arg.name is not None}
-    return checked_build(call, scope, positional, named)
-
-
-def checked_build(call: OpCall, scope: FileScope, positional: Sequence[Any], named: Mapping[str, Any]) -> Op:
-    try:
-        return build(call.name, positional, named)
-    except UnknownOp as unknown:
-        hint = f"did you mean `{unknown.suggestions[0]}`? " if unknown.suggestions else ""
-        scope.fail("GP201", str(unknown), call.span, f"{hint}`graphpatch ops` lists all of them")
-    except ArgumentError as wrong:
-        near = f"did you mean {' or '.join(f'`{s}`' for s in wrong.suggestions)}?" if wrong.suggestions else ""
-        label = ". ".join(part for part in (near.removesuffix("?") + "?" if near else "", wrong.hint) if part)
-        span = _argument_span(call, wrong)
-        scope.fail("GP203" if wrong.unknown else "GP204", wrong.message, span, label.replace("?.", "?"))
-
-
-def _argument_span(call: OpCall, wrong: ArgumentError) -> Span | None:
-    for at, arg in enumerate(call.args):
-        if wrong.argument is not None and wrong.argument in (arg.name, at if arg.name is None else None):
-            return arg.name_span if wrong.unknown else arg.value.span
-    return call.span
 
 
 def _against_levels(rule: Rule, chain: Sequence[Draft]) -> list[Diagnostic]:

@@ -9,7 +9,6 @@ from ..lang.diagnostics import Diagnostic, Place, PlanError, Source, Span, did_y
 from ..lang.evaluate import EvaluationError, MissingKey, evaluate, unknown_function
 from ..lang.program import Program, check_type
 from ..lang.syntax import Arg, Expr, SelectorUnion
-from ..tree.select import compile_selector, match
 from ..tree.tree import Tensor, Tree
 
 
@@ -51,6 +50,9 @@ class World:
         return {name: self.param(file, name, None) for file, name in self.program.declared_params()}
 
     def count(self, file: int, selector: SelectorUnion) -> int:
+        # A check without a model counts nothing, and starts faster without the matcher.
+        from ..tree.select import compile_selector, match
+
         key = (file, selector)
         if key not in self._counts:
             (hits,) = match(self.tree, [compile_selector(selector, self.scope(file))])

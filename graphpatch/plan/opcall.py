@@ -1,0 +1,42 @@
+"""From `lora(rank=$rank)` in a rule to the op `Lora(rank=16)`: what is wrong with it is said at its place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..lang.diagnostics import Span
+from ..lang.syntax import OpCall
+from ..ops.arguments import ArgumentError, UnknownOp, build
+from ..ops.op import Op
+from .scope import FileScope
+
+
+def build_op(call: OpCall, scope: FileScope) -> Op:
+    """The op of a rule, its arguments worked out.
+
+    Raises `PlanError` with its place: GP201 unknown op, GP203 unknown argument, GP204 bad value.
+    """
+    positional = [scope.value(arg.value) for arg in call.args if arg.name is None]
+    named = {arg.name: scope.value(arg.value) for arg in call.args if arg.name is not None}
+    return checked_build(call, scope, positional, named)
+
+
+def checked_build(call: OpCall, scope: FileScope, positional: Sequence[Any], named: Mapping[str, Any]) -> Op:
+    try:
+        return build(call.name, positional, named)
+    except UnknownOp as unknown:
+        hint = f"did you mean `{unknown.suggestions[0]}`? " if unknown.suggestions else ""
+        scope.fail("GP201", str(unknown), call.span, f"{hint}`graphpatch ops` lists all of them")
+    except ArgumentError as wrong:
+        near = f"did you mean {' or '.join(f'`{s}`' for s in wrong.suggestions)}?" if wrong.suggestions else ""
+        label = ". ".join(part for part in (near.removesuffix("?") + "?" if near else "", wrong.hint) if part)
+        span = _argument_span(call, wrong)
+        scope.fail("GP203" if wrong.unknown else "GP204", wrong.message, span, label.replace("?.", "?"))
+
+
+def _argument_span(call: OpCall, wrong: ArgumentError) -> Span | None:
+    for at, arg in enumerate(call.args):
+        if wrong.argument is not None and wrong.argument in (arg.name, at if arg.name is None else None):
+            return arg.name_span if wrong.unknown else arg.value.span
+    return call.span

@@ -17,7 +17,7 @@ Flag = tuple[nn.Module, str, bool]
 
 
 def set_flags(tree: Tree, grads: Grads, flags: list[Flag], added: Mapping[int, Collection[str]] | None = None) -> None:
-    """Set `requires_grad` as `grads` says of whole modules, and journal each change in `flags`.
+    """Set `requires_grad` as `grads` says of whole modules, and journal in `flags` what each was.
 
     `added` names the new parameters by node; None where the records of the modules tell them.
     """
@@ -35,9 +35,7 @@ def set_flags(tree: Tree, grads: Grads, flags: list[Flag], added: Mapping[int, C
             new = own[RECORD].added
         for name, parameter in held.items():
             state = of_added[node] if name in new else want
-            if state and parameter is not None and parameter.requires_grad is not (state == TRAIN):
-                if each and (node, name) in each:
-                    continue  # it has its own say, below
+            if state and parameter is not None and not (each and (node, name) in each):
                 _set(module, name, parameter, state == TRAIN, flags)
 
 
@@ -50,9 +48,7 @@ def set_single_flags(tree: Tree, grads: Grads, flags: list[Flag]) -> None:
     for (node, name), state in grads.each.items():
         module = tree.modules[node]
         parameter = module.__dict__["_parameters"].get(name)
-        if parameter is None or not state or parameter.requires_grad is (state == TRAIN):
-            continue
-        if not _set(module, name, parameter, state == TRAIN, flags):
+        if parameter is not None and state and not _set(module, name, parameter, state == TRAIN, flags):
             path = ".".join(p for p in (tree.paths[node], name) if p)
             holds = str(parameter.dtype).removeprefix("torch.")
             fix = "only floating-point parameters have gradients: leave it out"
@@ -61,10 +57,13 @@ def set_single_flags(tree: Tree, grads: Grads, flags: list[Flag]) -> None:
 
 def _set(module: nn.Module, name: str, parameter: Any, train: bool, flags: list[Flag]) -> bool:
     """False where it cannot be: `train **` passes over the integers of a quantised base."""
-    if train and not (parameter.is_floating_point() or parameter.is_complex()):
-        return False
-    flags.append((module, name, not train))
-    parameter.requires_grad = train
+    before = parameter.requires_grad
+    if before is not train:
+        if train and not (parameter.is_floating_point() or parameter.is_complex()):
+            return False
+        parameter.requires_grad = train
+    # Also where it was so already: if the earlier patch that made it so is reverted, this one still wants it.
+    flags.append((module, name, before))
     return True
 
 

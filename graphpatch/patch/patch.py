@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -64,20 +65,19 @@ class Patch:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def adapter_state_dict(self) -> dict[str, torch.Tensor]:
-        """The parameters that this patch added, by the name they have in the model's `state_dict()`, detached."""
-        found: dict[str, torch.Tensor] = {}
+        """The parameters that this patch added, by the name they have in the model's `state_dict()` and in
+        its order, detached."""
+        found: list[tuple[int, str, torch.Tensor]] = []
         for change in self._journal.changes:
             for at, (node, module) in enumerate(zip(change.nodes, change.modules)):
-                path = self._journal.path(node)
                 if isinstance(change, InPlaceChange):
-                    new: dict[str, Any] = {name: getattr(module, name) for name in change.added}
+                    found += [(node, name, getattr(module, name)) for name in change.added]
                 elif isinstance(change, ModuleChange):
                     kept = {id(p) for p in change.originals[at].parameters()}
-                    new = {name: p for name, p in module.named_parameters() if id(p) not in kept}
-                else:
-                    new = {}
-                found.update({f"{path}.{name}" if path else name: p.detach() for name, p in new.items()})
-        return found
+                    found += [(node, name, p) for name, p in module.named_parameters() if id(p) not in kept]
+        found.sort(key=itemgetter(0))
+        path = self._journal.path
+        return {f"{path(node)}.{name}".removeprefix("."): p.detach() for node, name, p in found}
 
     # ── on and off ──
     @contextmanager

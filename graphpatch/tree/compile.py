@@ -11,6 +11,7 @@ from itertools import product
 from typing import NamedTuple, NoReturn, Protocol, Sequence
 
 from ..lang.diagnostics import Span
+from ..lang.formatter import format_selector, format_step
 from ..lang.syntax import At, Every, Expr, Index, PathSelector, RegexSelector, Selector, SelectorUnion, Step
 from .classes import ClassTest, split_class
 from .globs import Braced, Fixed, has_wildcard, split_braces
@@ -112,7 +113,7 @@ def compile_selector(union: SelectorUnion, scope: Scope) -> Compiled:
     for number, branch in enumerate(union.branches):
         bit = 0
         if len(union.branches) > 1:
-            bit = _add(compiled, Alternative(selector_text(branch), branch.span, number))
+            bit = _add(compiled, Alternative(format_selector(branch), branch.span, number))
         before = len(compiled.patterns)
         _Branch(compiled, number, bit, scope).compile(branch)
         if len(compiled.patterns) > _MOST_PATTERNS:
@@ -173,9 +174,11 @@ class _Branch:
             return
         forms: list[tuple[int, dict[int, Fixed], int | None]] = []
         for number, step in enumerate(branch.steps):
+            # A step built by hand has no positions.
+            spans = iter(step.alternative_spans)
             for group, found in enumerate(split_braces(step.name).groups if step.kind == "glob" else ()):
-                for option, text in enumerate(found.options):
-                    span = _within_step(step, found.offsets[option], len(text))
+                for option, text in enumerate(found):
+                    span = next(spans, step.span)
                     bit = _add(self.compiled, Alternative("{" + text + "}", span, self.number))
                     forms.append((bit, {number: Fixed(group, option)}, None))
         classes, _ = split_class(branch.cls) if branch.cls else ([], False)
@@ -299,7 +302,7 @@ class _Branch:
         indexed = []
         for path in paths:
             if path.classes or not path.elements or not isinstance(path.elements[-1].test, Names):
-                why = "one of its branches does not" if len(paths) > 1 else f"it is `{selector_text(branch)}`"
+                why = "one of its branches does not" if len(paths) > 1 else f"it is `{format_selector(branch)}`"
                 self._fail(scope, "GP233", f"an index needs a role that ends in a name, and {said} does not", step.span, why)
             elements = [e._replace(step=number, capture=None, choice=False) for e in path.elements]
             indexed.append(path._replace(elements=(*elements, self._index(step, step.index, scope, number))))
@@ -313,7 +316,7 @@ class _Branch:
         return _Classes(ClassTest(tuple(modules), exact) if modules else None, len(modules) < len(names))
 
     def _note_bracket(self, number: int, step: Step) -> None:
-        text = step_text(step)
+        text = format_step(step)
         self.compiled.brackets.setdefault((self.number, number), WrittenIndex(text, step.span))
 
     # ── patterns ──
@@ -400,56 +403,3 @@ def _names(braced: Braced, fixed: Fixed | None) -> Names:
     plain = frozenset(g for g in globs if not has_wildcard(g))
     bare = any(g and not g.strip("*") for g in globs)
     return Names(plain, frozenset(g for g in globs if g not in plain and g.strip("*")), bare)
-
-
-def _within_step(step: Step, offset: int, width: int) -> Span | None:
-    """The place of one alternative, where the step stands in the source as its name reads (on one line)."""
-    span = step.span
-    if span is None or span.line != span.end_line or span.end_column - span.column < len(step.name):
-        return span
-    column = span.column + offset
-    return Span(span.line, column, span.line, column + width)
-
-
-# ── text ──
-
-
-def selector_text(selector: Selector) -> str:
-    """A branch for a message, close to how it was written; values in brackets that are no numbers are left as `...`."""
-    cls = f":{selector.cls}" if selector.cls else ""
-    if isinstance(selector, RegexSelector):
-        return "/" + selector.pattern.replace("/", "\\/") + "/" + cls
-    return ("^" if selector.anchored else "") + ".".join(map(step_text, selector.steps)) + cls
-
-
-def step_text(step: Step) -> str:
-    name = f"@{step.name}" if step.kind == "role" else f'"{step.name}"' if step.kind == "quoted" else step.name
-    return name + (_index_text(step.index) if step.index else "")
-
-
-def _index_text(index: Index) -> str:
-    spans = []
-    for span in index.spans:
-        if isinstance(span, Every):
-            spans.append("*")
-        elif isinstance(span, At):
-            spans.append(_bound_text(span.at))
-        else:
-            text = f"{_bound_text(span.start)}:{_bound_text(span.stop)}"
-            spans.append(text + (f":{_bound_text(span.step)}" if span.step is not None else ""))
-    said = ",".join(spans)
-    if index.capture:
-        said = f"{index.capture} in {said}" if said else index.capture
-    return f"[{said}]"
-
-
-def _bound_text(bound: Expr | None) -> str:
-    if bound is None:
-        return ""
-    if bound.kind == "literal":
-        return str(bound.value)
-    if bound.kind == "var":
-        return f"${bound.name}"
-    if bound.kind == "unary":
-        return f"{bound.op}{_bound_text(bound.operand)}"
-    return "(...)"

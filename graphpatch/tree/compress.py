@@ -11,6 +11,7 @@ import re
 from itertools import takewhile
 from typing import Iterable, NamedTuple, Sequence
 
+from ..lang.words import quote
 from .tree import Parameter, Tree, index_of
 
 _PLAIN = re.compile(r"\w+")
@@ -51,6 +52,10 @@ class _Selection:
         self._endings: dict[tuple[int, bool], list[str]] = {}
         self._leaf = self._intern(_Shape(True, ()))
         self._regexes: list[str] = []
+        odd = {name for name in tree.names[1:] if _unwritable(name)}
+        odd.update(name for names in self._parameters.values() for name in names if _unwritable(name))
+        if odd:
+            self._set_apart(odd)
 
     def texts(self) -> list[str]:
         root = self._root()
@@ -58,6 +63,20 @@ class _Selection:
             return self._regexes
         texts = [f"^{ending}" for ending in self._say(root, bare=True)]
         return ["^" if text == "^" else text.replace("^.", "^", 1) for text in texts] + self._regexes
+
+    def _set_apart(self, odd: set[str]) -> None:
+        """What stands at or below a name that cannot be a step is left to regexes."""
+        tree = self._tree
+        for node in sorted(self._selected | self._parameters.keys()):
+            below = any(tree.names[above] in odd for above in tree.ancestors(node)[1:])
+            if below and node in self._selected:
+                self._selected.discard(node)
+                self._regexes.append(_regex(tree, node))
+            names = self._parameters.get(node, [])
+            apart = [name for name in names if below or name in odd]
+            self._regexes += [_regex(tree, node, name) + ":Parameter" for name in apart]
+            if apart:
+                self._parameters[node] = [name for name in names if name not in apart]
 
     # ── shapes, from the leaves up ──
     def _root(self) -> int | None:
@@ -129,7 +148,7 @@ def steps_text(names: Sequence[str]) -> list[str]:
     """Steps that stand for exactly these names: one, with braces, but for odd names, which are quoted."""
     plain = [name for name in names if _PLAIN.fullmatch(name)]
     steps = [_braced(plain)] if plain else []
-    return steps + [quoted(name) for name in names if not _PLAIN.fullmatch(name)]
+    return steps + [quote(name) for name in names if not _PLAIN.fullmatch(name)]
 
 
 def _braced(names: Sequence[str]) -> str:
@@ -166,15 +185,21 @@ def spans_text(indices: Sequence[int]) -> str:
     return ",".join(spans)
 
 
-def quoted(name: str) -> str:
-    """A name as a step: as it is where it can be, else in quotes."""
-    if _PLAIN.fullmatch(name):
-        return name
-    return '"' + name.replace("\\", "\\\\").replace('"', '\\"') + '"'
+def _unwritable(name: str) -> bool:
+    """The few names that the language has no step for; safetensors files may hold them."""
+    return not name or "." in name or "*" in name
 
 
 def _regex(tree: Tree, node: int, parameter: str | None = None) -> str:
     path = tree.paths[node]
     if parameter is not None:
         path = f"{path}.{parameter}" if path else parameter
-    return "/" + re.escape(path).replace("/", "\\/") + "/"
+    return "/" + "".join(map(_escaped, path)) + "/"
+
+
+def _escaped(character: str) -> str:
+    """A character in a regex that stands on one line."""
+    if character.isalnum() or character in "_ ":
+        return character
+    code = ord(character)
+    return f"\\{character}" if character.isprintable() else f"\\x{code:02x}" if code < 256 else f"\\U{code:08x}"

@@ -24,13 +24,6 @@ def has_wildcard(glob: str) -> bool:
     return "*" in glob or "?" in glob
 
 
-class Group(NamedTuple):
-    """The alternatives of one `{}`, each with its place in the text."""
-
-    options: tuple[str, ...]
-    offsets: tuple[int, ...]
-
-
 class Fixed(NamedTuple):
     """One alternative of a step: the number of the group, and of the option in it."""
 
@@ -39,35 +32,30 @@ class Fixed(NamedTuple):
 
 
 class Braced(NamedTuple):
-    """A step's text taken apart: literal pieces and groups, in order."""
+    """A step's text taken apart: literal pieces and groups of alternatives, in order."""
 
-    pieces: tuple[str | Group, ...]
+    pieces: tuple[str | tuple[str, ...], ...]
 
     @property
-    def groups(self) -> list[Group]:
-        return [piece for piece in self.pieces if isinstance(piece, Group)]
+    def groups(self) -> list[tuple[str, ...]]:
+        return [piece for piece in self.pieces if not isinstance(piece, str)]
 
     def expand(self, fixed: Fixed | None = None) -> list[str]:
         """All globs without braces; with `fixed`, those that take this option of that group."""
-        choices = [(piece,) if isinstance(piece, str) else piece.options for piece in self.pieces]
+        choices = [(piece,) if isinstance(piece, str) else piece for piece in self.pieces]
         if fixed is not None:
-            at = [n for n, piece in enumerate(self.pieces) if isinstance(piece, Group)][fixed.group]
+            at = [n for n, piece in enumerate(self.pieces) if not isinstance(piece, str)][fixed.group]
             choices[at] = (choices[at][fixed.option],)
         return ["".join(choice) for choice in islice(product(*choices), MOST_GLOBS)]
 
     @property
     def too_many(self) -> bool:
-        return prod(len(group.options) for group in self.groups) > MOST_GLOBS
+        return prod(map(len, self.groups)) > MOST_GLOBS
 
 
 def split_braces(text: str) -> Braced:
     """`{q,k}_proj` -> a group of q and k, and `_proj`."""
-    pieces: list[str | Group] = []
+    pieces: list[str | tuple[str, ...]] = []
     for part in re.finditer(r"\{([^{}]*)\}|[^{}]+", text):
-        if part[1] is None:
-            pieces.append(part[0])
-            continue
-        options = list(re.finditer(r"[^,]*", part[1]))
-        said = [(o[0].strip(), part.start(1) + o.start() + len(o[0]) - len(o[0].lstrip())) for o in options if o[0].strip()]
-        pieces.append(Group(tuple(s for s, _ in said), tuple(at for _, at in said)))
+        pieces.append(part[0] if part[1] is None else tuple(option.strip() for option in part[1].split(",")))
     return Braced(tuple(pieces))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -33,7 +34,7 @@ def build(path: Path) -> Tree:
     where the file is broken, the model cannot be built, or Transformers is not installed.
     """
     config = _read(path)
-    with quiet():
+    with quiet(), _collector_off():
         with progress("importing torch and transformers"):
             cls = _model_class(config, path)
         with progress(f"building {cls.__name__} on the meta device"):
@@ -129,6 +130,16 @@ def _on_meta(cls: type[PreTrainedModel], config: dict[str, Any], path: Path) -> 
             "is the config complete, and made for this version of transformers?",
             text=(first_line(error),),
         ) from error
+
+
+@contextmanager
+def _collector_off() -> Iterator[None]:
+    """All that is made here stays: looking for garbage in it costs a seventh of the time and finds none."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import TYPE_CHECKING
 
 from ..lang.diagnostics import Error
@@ -11,7 +12,7 @@ from .model import add_model, open_tree
 from .output import write_text
 from .problem import CannotRun
 from .rule_files import FILE_HELP, add_settings, open_rules
-from .terminal import color_on, note, progress
+from .terminal import color_on, note, progress, width
 
 if TYPE_CHECKING:
     from ..plan.plan import Plan
@@ -56,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     else:
         from ..plan.report import plan_text
 
-        print(plan_text(plan, color_on(), options.verbose))
+        print(plan_text(plan, color_on(), options.verbose, width() if sys.stdout.isatty() else 140))
     if options.out:
         note(f"saved to {options.out}")
     return 2 if options.exit_code and _changes_something(plan) else 0

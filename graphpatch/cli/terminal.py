@@ -28,8 +28,8 @@ def paint(text: str, code: str) -> str:
 
 
 def width() -> int:
-    """Columns to fill with prose."""
-    return max(40, min(shutil.get_terminal_size((100, 24)).columns, 120))
+    """Columns to fill: those of the terminal, and what reads well where there is none."""
+    return max(40, min(shutil.get_terminal_size((100, 24)).columns, 140))
 
 
 def print_error(error: Error) -> None:

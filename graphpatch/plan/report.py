@@ -3,28 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..tree.compress import compress
 from ..tree.tree import Tree
 from .plan import Outcome, Plan, Step
 from .scope import show
 
-_LEFT = 58
-"""The width of the first column; the numbers stand right of it."""
+_NARROW, _RIGHT = 58, 42
+"""The first column is as wide as its longest line, but not below the one, and leaves the numbers the other."""
 _BOLD, _GREEN, _YELLOW, _BLUE, _RESET = "\x1b[1m", "\x1b[32m", "\x1b[33m", "\x1b[34m", "\x1b[0m"
 _PAINT = {"+": _GREEN, "~": _YELLOW, "-/+": _YELLOW, "=": _BLUE}
 
 
-def plan_text(plan: Plan, color: bool = False, verbose: bool = False) -> str:
-    """The plan for a terminal or a log; `verbose` lists every path instead of compressed ones."""
+class _Row(NamedTuple):
+    left: str
+    right: str
+    paint: str
+
+
+def plan_text(plan: Plan, color: bool = False, verbose: bool = False, width: int = 140) -> str:
+    """The plan for a terminal or a log, `width` columns wide; `verbose` lists every path instead of compressed ones."""
     paint = _painter(color)
-    lines = [_heading(plan, paint)]
     numbered = _by_rule(plan)
-    for outcome in plan.outcomes:
-        lines += ["", _outcome_line(outcome, paint)]
-        for step, symbol in numbered.get(outcome.rule, ()):
-            lines += _step_lines(plan.tree, step, symbol, paint, verbose)
+    blocks = [
+        [_outcome_row(outcome)]
+        + [
+            row
+            for step, symbol in numbered.get(outcome.rule, ())
+            for row in _step_rows(plan.tree, step, symbol, verbose)
+        ]
+        for outcome in plan.outcomes
+    ]
+    longest = max((len(row.left) for block in blocks for row in block), default=0)
+    column = min(max(_NARROW, longest + 1), max(_RIGHT, width - _RIGHT))
+    lines = [_heading(plan, paint)]
+    for block in blocks:
+        lines.append("")
+        for left, right, code in block:
+            lines.append(f"{paint(left, code)}{' ' * max(1, column - len(left))} {right}".rstrip())
     for name, paths in plan.groups.items():
         lines += ["", f"optimizer group {name}: {', '.join(paths)}"]
     lines += ["", *_summary(plan, paint)]
@@ -33,7 +50,7 @@ def plan_text(plan: Plan, color: bool = False, verbose: bool = False) -> str:
     return "\n".join(lines)
 
 
-def _painter(color: bool):  # noqa: ANN202
+def _painter(color: bool) -> Any:
     return (lambda text, code: f"{code}{text}{_RESET}") if color else (lambda text, code: text)
 
 
@@ -56,16 +73,15 @@ def _by_rule(plan: Plan) -> Mapping[str, Sequence[tuple[Step, str]]]:
     return found
 
 
-def _outcome_line(outcome: Outcome, paint: Any) -> str:
+def _outcome_row(outcome: Outcome) -> _Row:
     if outcome.frozen is not None:
         count = f"{amount(outcome.parameters)} parameters"
     else:
         count = _many(outcome.matched, "module")
-    left = f"{outcome.rule:<14} {outcome.text}"
-    return f"{paint(left, _BOLD)}{' ' * max(1, _LEFT - len(left))} {count:<13}{outcome.coverage}".rstrip()
+    return _Row(f"{outcome.rule:<14} {outcome.text}", f"{count:<13}{outcome.coverage}", _BOLD)
 
 
-def _step_lines(tree: Tree, step: Step, symbol: str, paint: Any, verbose: bool) -> Iterable[str]:
+def _step_rows(tree: Tree, step: Step, symbol: str, verbose: bool) -> Iterable[_Row]:
     if verbose:
         paths = ["^" + tree.paths[n] + (f".{step.parameter}" if step.parameter else "") for n in step.nodes]
     else:
@@ -74,9 +90,8 @@ def _step_lines(tree: Tree, step: Step, symbol: str, paint: Any, verbose: bool) 
     gain = sum(t.numel for t in step.adds.values()) * len(step.nodes)
     change = step.before if step.before == step.after else f"{step.before} -> {step.after}"
     for at, path in enumerate(paths):
-        left = f"  {symbol} {path}"
         right = f"{change:<27}{'+' + amount(gain) if gain else ''}" if at == 0 else ""
-        yield f"{paint(left, _PAINT[symbol])}{' ' * max(1, _LEFT - len(left))} {right}".rstrip()
+        yield _Row(f"  {symbol} {path}", right, _PAINT[symbol])
 
 
 def _summary(plan: Plan, paint: Any) -> Iterable[str]:

@@ -105,3 +105,18 @@ def test_colour_only_where_it_is_wanted(graphpatch, rules, llama_tree, monkeypat
     assert "\x1b" not in graphpatch("plan", path, "--model", llama_tree, "--json").out
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b" not in graphpatch("plan", path, "--model", llama_tree).out
+
+
+def test_the_columns_stand_straight_whatever_the_paths_length(llama_tree):
+    from graphpatch import Tree, parse
+    from graphpatch.plan.report import plan_text
+
+    text = "patch layers[1,3].mlp.{gate,up}_proj | layers[0].self_attn.{q,k,v}_proj with lora(rank=2, dropout=0.05)"
+    plan = parse(text + "\nfreeze ** except @new").plan(Tree.read(str(llama_tree)))
+    lines = plan_text(plan).splitlines()
+    starts = {
+        line.index(word) for line in lines[2:-2] for word in ("7 modules", "Linear ->", "164.4 k param") if word in line
+    }
+    assert len(starts) == 1
+    narrow = plan_text(plan, width=60).splitlines()
+    assert max(map(len, narrow[2:-2])) <= max(map(len, lines[2:-2]))

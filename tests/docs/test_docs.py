@@ -143,6 +143,25 @@ def test_links_lead_somewhere():
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def test_every_file_that_the_pages_speak_of_is_there():
+    named = set()
+    for page in (ROOT / "docs").glob("*.md"):
+        named |= set(
+            re.findall(r"`((?:lang|tree|ops|plan|rewrites|patch|cli)/\w+\.py)`", page.read_text(encoding="utf-8"))
+        )
+    missing = {name for name in named if not (ROOT / "graphpatch" / name).exists()} - {
+        "ops/mine.py",
+        "rewrites/mine.py",
+    }
+    assert not missing and len(named) > 15
+
+
+def test_every_room_is_in_the_table_of_the_house():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rooms = {p.name for p in (ROOT / "graphpatch").iterdir() if (p / "__init__.py").exists()}
+    assert rooms == set(re.findall(r"^\| `(\w+)/` \|", page, re.MULTILINE))
+
+
 def test_the_rule_file_of_the_language_page_plans_on_little_tree(little):
     text = blocks("rules")[[b.id.startswith("language") for b in blocks("rules")].index(True)].values[0]
     assert len(parse(text).plan(little).changes) == 16

@@ -144,7 +144,7 @@ class Patch:
         for change in journal.changes:
             if isinstance(change, InPlaceChange):
                 for at, module in enumerate(change.modules):
-                    if is_foreign(type(module)):
+                    if is_foreign(module):
                         raise self._in_the_way(change.nodes[at], _derived(type(module)))
                     how = bypassed(module) if "forward" in module.__dict__ else None
                     if how:

@@ -59,12 +59,14 @@ class Preflight:
         signature = self.tree.signature(step.nodes[0])
         weight = signature.parameters.get("weight")
         shape = weight.shape if weight else None
-        names, devices, kinds = frozenset(step.adds), [], set()
+        names, devices, kinds = frozenset(step.adds), [], set[type]()
         modules = [self.modules[node] for node in step.nodes]
         plain = nn.Parameter
         for at, module in enumerate(modules):
             own = module.__dict__
-            kinds.add(module.__class__)
+            if module.__class__ not in kinds:
+                kinds.add(module.__class__)
+                self._check_class(module, step, at, signature)
             held, buffers, children = own["_parameters"], own["_buffers"], own["_modules"]
             mine = held.get("weight")
             if mine is None:
@@ -82,11 +84,7 @@ class Preflight:
                 (buffers or children) and not (names.isdisjoint(buffers) and names.isdisjoint(children))
             ):
                 raise self._taken(step, at, min(names & {*held, *own, *buffers, *children}))
-        for at, module in enumerate(modules):
-            if type(module) in kinds:
-                kinds.remove(type(module))
-                self._check_class(module, step, at, signature)
-        fast = all(_registers_plainly(cls) for cls in set(map(type, modules)))
+        fast = all(_registers_plainly(cls) for cls in kinds)
         changes: list[Change] = []
         for trainable, members in self._by_flags(step).items():
             factories = [

@@ -79,7 +79,7 @@ def refuse_bypassed(module: nn.Module, path: str, rule: str) -> None:
 def refuse_class(module: nn.Module, path: str, rule: str) -> None:
     """Raise `ApplyError` where the class is one that cannot be derived from (GP513)."""
     cls: Any = type(module)
-    if is_foreign(cls):
+    if is_foreign(module):
         why = f"its class was changed after an earlier patch, to {cls.__module__}.{cls.__qualname__}"
         fix = "patch everything before the model is sharded or converted"
     elif isinstance(module, torch.jit.ScriptModule):

@@ -77,8 +77,11 @@ def _generated(cls: type) -> Any:
     return next((c for c in cls.__mro__ if "_graphpatch_base" in c.__dict__), None)
 
 
-def is_foreign(cls: type) -> bool:
+def is_foreign(module: nn.Module) -> bool:
     """Whether somebody else derived from a class that we generated, as `fully_shard` does."""
+    cls = type(module)
+    if "_graphpatch_base" not in cls.__dict__ and is_parametrized(module):
+        cls = cls.__bases__[0]
     made = _generated(cls)
     return made is not None and made is not cls
 

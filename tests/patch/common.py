@@ -35,7 +35,7 @@ def state(model: nn.Module) -> list[Any]:
     found: list[Any] = []
     for path, module in model.named_modules(remove_duplicate=False):
         plain = {k: v for k, v in module.__dict__.items() if isinstance(v, (int, float, str, bool, tuple, type(None)))}
-        hooks = [list(v.items()) for k, v in module.__dict__.items() if k.endswith("_hooks")]
+        hooks = [list(v.items()) for k, v in module.__dict__.items() if isinstance(v, dict) and "hooks" in k]
         found.append((path, id(module), type(module), list(module.__dict__), plain, hooks, list(module._modules)))
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             content = None if tensor is None or tensor.is_meta else tensor.detach().clone().view(-1).tolist()

@@ -15,7 +15,7 @@ from time import perf_counter
 from table import row
 
 ROOT = Path(__file__).resolve().parents[1]
-RULES = """\
+RULES = """
 param rank: int = 16
 patch layers[*].self_attn.{q,k,v,o}_proj with lora(rank=$rank, alpha=2*$rank) expect 4 per layers[*]
 freeze ** except @new
@@ -46,7 +46,7 @@ def wall(*arguments: str, repeats: int = 9) -> float:
     seconds = []
     for _ in range(repeats):
         start = perf_counter()
-        subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, env=environment)
+        subprocess.run([sys.executable, *arguments], check=True, capture_output=True, env=environment)
         seconds.append(perf_counter() - start)
     return min(seconds)
 

@@ -8,10 +8,10 @@ All figures are CPU seconds, the least of several runs; ratios are within this r
 from __future__ import annotations
 
 import argparse
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from time import process_time
 
 import torch
@@ -147,7 +147,7 @@ def many_rules(rules: int) -> RuleSet:
     """Rules that share the experts among them: the first takes experts 0 and 1 of every layer, and so on."""
     edges = [256 * i // rules for i in range(rules + 1)]
     return graphpatch.parse(
-        "".join(f"patch experts[{a}:{b}].**:Linear with lora(rank={RANK})\n" for a, b in zip(edges, edges[1:]))
+        "".join(f"patch experts[{a}:{b}].**:Linear with lora(rank={RANK})\n" for a, b in pairwise(edges))
         + "freeze ** except @new\n"
     )
 
@@ -159,11 +159,16 @@ def count(model: nn.Module) -> int:
 def peak_of_plan_and_apply(layers: int) -> float:
     """MiB between what the process holds once the model is built, and its peak after planning and applying."""
     model = build(layers)
-    with open("/proc/self/statm") as memory:
-        before = int(memory.read().split()[1]) * resource.getpagesize()
+    before = mebibytes("VmRSS")
     patch = graphpatch.parse(LORA).plan(model).apply(model)
     del patch
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20
+    return mebibytes("VmHWM") - before
+
+
+def mebibytes(field: str) -> float:
+    """A figure of Linux's /proc/self/status: unlike getrusage's, its peak is of this process alone."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) / 1024 for line in status if line.startswith(field))
 
 
 if __name__ == "__main__":

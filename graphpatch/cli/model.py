@@ -27,9 +27,11 @@ def open_tree(name: str) -> Tree:
     """The tree of what `name` names. No weights are read, no hub is asked; raises `CannotRun` (GP7xx, GP43x)."""
     path = Path(name).expanduser()
     try:
-        if path.is_dir():
+        if name and path.is_dir():
             return _of_directory(path)
-        if path.is_file():
+        if path.is_fifo():  # a shell's <(graphpatch tree --model M)
+            return Tree.from_text(path.read_text(encoding="utf-8", errors="replace"), name)
+        if name and path.exists():
             return _of_file(path)
     except CannotRun:
         raise
@@ -108,11 +110,11 @@ def _not_there(name: str, path: Path) -> CannotRun:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).parent.is_dir():
         return CannotRun(
             "GP701",
-            f"there is no file or directory {name}",
+            f"there is no file or directory `{name}`",
             "if it names a model of a hub: hubs are not contacted; download it and give its local directory",
             "its config.json alone is enough",
         )
-    return CannotRun("GP701", f"there is no file or directory {name}", near_file(path), KINDS)
+    return CannotRun("GP701", f"there is no file or directory `{name}`", near_file(path), KINDS)
 
 
 def near_file(path: Path, pattern: str = "*") -> str:

@@ -12,4 +12,4 @@ def write_text(path: str, text: str) -> None:
     try:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise CannotRun("GP708", f"{path} cannot be written", text=(first_line(error),)) from None
+        raise CannotRun("GP708", f"{path} cannot be written", text=(error.strerror or first_line(error),)) from None

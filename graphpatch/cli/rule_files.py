@@ -32,9 +32,11 @@ def open_rules(name: str, settings: Sequence[str] = (), *, complete: bool = True
     params = dict(map(_setting, settings))
     if name == "-":
         return RuleSet(parse_program(sys.stdin.buffer.read(), params, "<stdin>", complete=complete))
+    if Path(name).is_fifo():  # a shell's <(command)
+        return RuleSet(parse_program(Path(name).read_bytes(), params, name, complete=complete))
     if not Path(name).is_file() and name not in packaged():
         near = near_file(Path(name), "*.rules") or did_you_mean(name, packaged())
-        raise CannotRun("GP701", f"there is no rule file {name}", near)
+        raise CannotRun("GP701", f"there is no rule file `{name}`", near)
     return RuleSet(load_program(name, params, complete=complete))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
@@ -58,11 +59,13 @@ class Explanation:
 def explain(model_or_tree: torch.nn.Module | Tree, rules: RuleSet | str | PathLike[str], path: str) -> Explanation:
     """Which rules touch the module (or parameter) at `path`, and where the others stopped matching.
 
+    `path` is written as `named_modules` has it, or as a plan does: `^model.layers[3].mlp`.
+
     Raises `PlanError` (GP441) for a path that does not exist; rules that do not fit the model are no error here.
     """
     tree = model_or_tree if isinstance(model_or_tree, Tree) else Tree.of(model_or_tree)
     rules = rules if isinstance(rules, RuleSet) else load(rules)
-    hit = _find(tree, path.removeprefix("^"))
+    hit = _find(tree, re.sub(r"\[(\d+)\]", r".\1", path.removeprefix("^")))
     patches, freezes = rules_in_force(World(rules.program, tree))
     match_rules(tree, patches)
     match_rules(tree, freezes)

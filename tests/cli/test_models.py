@@ -1,6 +1,7 @@
 """What `--model` may name, and what is said of what it may not."""
 
 import json
+import os
 import struct
 import sys
 
@@ -212,6 +213,25 @@ def test_the_nearest_file_is_named(llama_tree):
 def test_files_of_other_kinds(tmp_path, name):
     (tmp_path / name).write_text("x")
     assert refused(tmp_path / name).startswith("error GP702")
+
+
+@pytest.mark.parametrize("name", ["", "/dev/null"])
+def test_what_is_no_file_at_all(name):
+    assert refused(name).startswith("error GP70")
+
+
+def test_a_tree_and_rules_through_a_pipe(graphpatch, rules, llama_tree, tmp_path):
+    from threading import Thread
+
+    contents = {
+        "pipe.tree": llama_tree.read_text(),
+        "pipe.rules": "patch q_proj with lora(rank=4)\nfreeze ** except @new\n",
+    }
+    for name, text in contents.items():
+        os.mkfifo(tmp_path / name)
+        Thread(target=(tmp_path / name).write_text, args=(text,), daemon=True).start()
+    ran = graphpatch("plan", tmp_path / "pipe.rules", "--model", tmp_path / "pipe.tree")
+    assert ran.code == 0 and "4 modules" in ran.out
 
 
 def test_directories_of_other_kinds(tmp_path):

@@ -72,6 +72,11 @@ def test_explain_names_the_rules_that_touch_and_where_others_stopped(graphpatch,
     assert lines[2].startswith("   ") and ":2" in lines[2] and "layers[*]" in lines[2]
 
 
+def test_explain_takes_a_path_as_a_plan_prints_it(graphpatch, llama_tree):
+    plain = graphpatch("explain", "model.layers.1.mlp", "lora", "--model", llama_tree)
+    assert graphpatch("explain", "^model.layers[1].mlp", "lora", "--model", llama_tree) == plain and plain.code == 0
+
+
 def test_explain_of_a_path_that_is_not_there(graphpatch, llama_tree):
     ran = graphpatch("explain", "model.layers.1.self_attn.qproj", "lora", "--model", llama_tree)
     assert ran.code == 1 and "did you mean `q_proj`?" in ran.err

@@ -10,14 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 from operator import itemgetter
-from typing import Any, Callable, Iterable
+from typing import Any, Callable, Sequence
 
 import torch
 from torch import nn
 
 from ..lang.diagnostics import Diagnostic, Error
 from .config import plain_config
-from .tree import Attribute, Parameter, Signature, Tensor, Tree, index_of
+from .tree import Attribute, Parameter, Signature, Tensor, Tree, content_of, index_of
 
 WRAPPERS = {
     "OptimizedModule": "_orig_mod",
@@ -30,10 +30,11 @@ WRAPPERS = {
 """Transparent wrappers: class name -> the child that holds the module they wrap."""
 
 _SCALARS = {bool, int, float, str, type(None)}
-_DEAF = (torch.device, torch.Generator, nn.Module, torch.Tensor)
 _LONGEST = 4096
 """Tuples and strings longer than this are data, not facts about a module: left out."""
 _ABSENT = object()
+_BUFFERS = object()
+"""Stands between the parameters and the buffers of a module."""
 
 
 def snapshot(model: nn.Module) -> Tree:
@@ -45,135 +46,149 @@ def snapshot(model: nn.Module) -> Tree:
 
 @dataclass(eq=False, slots=True)
 class _Layout:
-    """What is known of all modules of one class whose `__dict__` has the same names with the same types.
+    """What is known of all modules of one class whose `__dict__` has the same names, and the same types of attributes."""
 
-    Compared by identity: one object for each class and layout.
-    """
-
-    read: Callable[[dict[str, Any]], Any] | None
-    """Takes the scalars out of a `__dict__`."""
-    scalars: tuple[str, ...]
+    scalars: Callable[[dict[str, Any]], tuple[Any, ...]] | None
+    """Takes the scalar attributes out of a `__dict__`; None where all public attributes are scalars."""
+    facts: tuple[str, ...]
+    """The attributes that are facts, or may turn out to be once converted."""
     others: tuple[str, ...]
-    """Attributes that may turn out to be facts once converted: tuples, lists, enums, dtypes."""
+    """Those that must be converted: tuples, lists, enums, dtypes."""
     config: bool
+    signatures: dict[Any, int]
+    """By what tells modules of this layout apart."""
+
+
+@dataclass(eq=False, slots=True)
+class _Shape:
+    """What is known of all modules of one class whose `__dict__` has the same names."""
+
+    names: tuple[str, ...]
+    public: tuple[str, ...]
+    read: Callable[[dict[str, Any]], tuple[Any, ...]] | None
+    """Takes the public attributes out of a `__dict__`; None where there are none."""
     notes: frozenset[str]
-    wraps: str | None
-    """The child that this transparent wrapper holds."""
-    patched: bool
-    plain: bool
-    """False where `_modules` and its like are no plain dicts, as in a ScriptModule."""
+    special: bool
+    """Wrapped, patched, or without plain dicts of children and parameters, as a ScriptModule."""
+    layouts: dict[tuple[type, ...], _Layout]
 
 
 class _Walk:
     def __init__(self, model: nn.Module):
-        self._layouts: dict[Any, _Layout] = {}
-        self._raw: dict[Any, int] = {}
+        self._shapes: dict[type, _Shape] = {}
+        self._all_shapes: dict[tuple[type, tuple[str, ...]], _Shape] = {}
         self._interned: dict[Any, int] = {}
         self._mros: dict[type, tuple[str, ...]] = {}
         self._configs: dict[int, int] = {}
         self._configs_by_text: dict[str, int] = {}
         self._kept: list[Any] = []
+        """What was made on the way, so that no `id` is given twice."""
         self.tree = Tree([], [], [], [], [], [], [], modules=[])
         self._walk(model)
 
     def _walk(self, model: nn.Module) -> None:
+        """The hot loop, in one piece: a call a module costs a tenth of the whole."""
         tree = self.tree
-        names, parents, indices, signature_of, modules = (
-            tree.names,
-            tree.parents,
-            tree.indices,
-            tree.signature_of,
-            tree.modules,
-        )
-        assert modules is not None
+        names, parents, indices, signature_of = tree.names, tree.parents, tree.indices, tree.signature_of
+        modules = tree.modules = []
         container_lengths: list[int] = []
-        index = _Indices()
-        layouts, raw = self._layouts, self._raw
+        index_of_name = _Indices()
+        shapes = self._shapes
         first_place: dict[int, int] = {}
         first_parameter: dict[int, Parameter] = {}
         edges: list[tuple[int, int, str]] = []
         plain_parameter = nn.Parameter
-        stack: list[tuple[str, int, Any]] = [("", -1, model)]
+        stack: list[tuple[str, int, int, Any]] = [("", -1, -1, model)]
         pop, push = stack.pop, stack.append
+        node = 0
         while stack:
-            name, parent, module = pop()
+            name, index, parent, module = pop()
             entries = module.__dict__
-            key = (module.__class__, *entries, *map(type, entries.values()))
-            layout = layouts.get(key)
-            if layout is None:
-                layout = layouts[key] = self._layout(module, entries)
-            extra: frozenset[str] | None = None
+            cls = type(module)
+            shape = shapes.get(cls)
+            if shape is None or shape.names != tuple(entries):
+                shape = self._shape(module, entries)
+            further: tuple[Any, ...] = ()
             record = None
-            if layout.wraps or layout.patched or not layout.plain:
-                module, entries, layout, extra, record = self._unwrap(module, parent < 0)
-            known = first_place.setdefault(id(module), len(names))
-            if known != len(names):
+            if shape.special:
+                module, entries, shape, wrapped, record = self._unwrap(module, parent < 0)
+                cls = type(module)
+                if wrapped:
+                    further = (wrapped,)
+            known = first_place.setdefault(id(module), node)
+            if known != node:
                 edges.append((known, parent, name))
                 continue
-            node = known
 
             children = entries["_modules"]
             highest = -1
             if children:
-                added: Iterable[str] = record.added if record is not None else ()
                 for child_name in reversed(children):
                     child = children[child_name]
-                    if child is not None and child_name not in added:
-                        push((child_name, node, child))
-                        at = index[child_name]
+                    if child is not None and (record is None or child_name not in record.added):
+                        at = index_of_name[child_name]
+                        push((child_name, at, node, child))
                         if at > highest:
                             highest = at
             container_lengths.append(highest + 1)
 
-            facts: tuple[Any, ...] = ()
+            tensors: tuple[Any, ...] = ()
             own = entries["_parameters"]
             if own:
-                for parameter_name, parameter in own.items():
-                    if record is not None and parameter_name in record.added:
+                for own_name, tensor in own.items():
+                    if tensor is None:
+                        if record is None or own_name not in record.added:
+                            tensors += (own_name,)
                         continue
-                    if parameter is None:
-                        facts += (parameter_name, None)
+                    if record is not None and own_name in record.added:
                         continue
-                    if parameter.__class__ is plain_parameter:
-                        facts += (parameter_name, parameter.shape, parameter.dtype, parameter.requires_grad)
+                    if type(tensor) is plain_parameter:
+                        tensors += (own_name, tensor.shape, tensor.dtype, tensor.requires_grad)
                     else:
-                        facts += (parameter_name, *_odd_tensor(parameter))
-                    me = (node, parameter_name)
-                    other = first_parameter.setdefault(id(parameter), me)
-                    if other is not me:
-                        tree.ties.append((me, other))
-            buffers: tuple[Any, ...] = ()
+                        tensors += (own_name, *_odd_tensor(tensor))
+                    me = (node, own_name)
+                    first = first_parameter.setdefault(id(tensor), me)
+                    if first is not me:
+                        tree.ties.append((me, first))
             own = entries["_buffers"]
             if own:
-                for buffer_name, buffer in own.items():
-                    if buffer is not None and (record is None or buffer_name not in record.added):
-                        buffers += (buffer_name, *_odd_tensor(buffer))
+                tensors += (_BUFFERS,)
+                for own_name, tensor in own.items():
+                    if tensor is not None and (record is None or own_name not in record.added):
+                        tensors += (own_name, *_odd_tensor(tensor))
 
-            read = layout.read
-            raw_key = (
-                layout if record is None else self._patched_key(layout, entries, record, node),
-                None if read is None else read(entries),
-                facts,
-                buffers,
-                extra,
-                self._config(entries["config"]) if layout.config else -1,
-            )
-            if layout.others:
-                raw_key += tuple([_convert(entries[other]) for other in layout.others])  # type: ignore[assignment]
+            if shape.read is None:
+                values: tuple[Any, ...] = ()
+                types: tuple[type, ...] = ()
+            else:
+                values = shape.read(entries)
+                types = tuple(map(type, values))
+            layout = shape.layouts.get(types)
+            if layout is None:
+                layout = shape.layouts[types] = self._layout(shape, entries)
+            if layout.scalars is not None:
+                values = layout.scalars(entries)
+                further += tuple([repr(_convert(entries[other])) for other in layout.others])
+                if layout.config:
+                    further += (self._config(entries["config"]),)
+            if record is not None:
+                further += self._changes(layout, record, node)
+            key = (values, tensors, further)
             try:
-                signature = raw.get(raw_key)
+                signature = layout.signatures.get(key, -1)
             except TypeError:  # unhashable, as a shape of symbolic sizes is
-                raw_key, signature = None, None  # type: ignore[assignment]
-            if signature is None:
-                signature = self._intern(module, entries, layout, facts, buffers, extra, record)
-                if raw_key is not None:
-                    raw[raw_key] = signature
+                key, signature = None, -1  # type: ignore[assignment]
+            if signature < 0:
+                signature = self._intern(cls, entries, shape, layout, tensors, further, record)
+                if key is not None:
+                    layout.signatures[key] = signature
 
             names.append(name)
             parents.append(parent)
-            indices.append(index[name])
+            indices.append(index)
             signature_of.append(signature)
             modules.append(module)
+            node += 1
 
         tree.lengths = [container_lengths[p] if i >= 0 else 0 for p, i in zip(parents, indices)]
         tree.ends = _ends(parents)
@@ -181,134 +196,101 @@ class _Walk:
         tree.source = _device(model)
 
     # ── what a module looks like ──
-    def _layout(self, module: nn.Module, entries: dict[str, Any]) -> _Layout:
-        scalars, others, config = [], [], False
-        for name, value in entries.items():
-            if name == "config" and _is_config(value):
-                config = True
-            if name.startswith("_") or name == "training":
-                continue
-            if type(value) in _SCALARS:
-                scalars.append(name)
-            elif not callable(value) and not isinstance(value, _DEAF) and _may_convert(value):
-                others.append(name)
-        notes = set()
-        if "forward" in entries:
-            notes.add("forward")
-        if "_hf_hook" in entries:
-            notes.add("hf_hook")
-        lineage = [c.__name__ for c in type(module).__mro__]
-        if "FSDPModule" in lineage:
-            notes.add("fsdp")
-        if "parametrizations" in (entries.get("_modules") or ()):
-            notes.add("parametrized")
-        wraps = next((WRAPPERS[n] for n in lineage if n in WRAPPERS), None)
-        modules = entries.get("_modules")
-        if wraps is not None and (not modules or modules.get(wraps) is None):
-            wraps = None
+    def _shape(self, module: nn.Module, entries: dict[str, Any]) -> _Shape:
+        """The shape of a module; the last one of each class is looked at first."""
+        cls, names = type(module), tuple(entries)
+        shape = self._all_shapes.get((cls, names))
+        if shape is None:
+            lineage = {c.__name__ for c in cls.__mro__}
+            notes = {note for name, note in (("forward", "forward"), ("_hf_hook", "hf_hook")) if name in entries}
+            notes |= {note for name, note in (("FSDPModule", "fsdp"),) if name in lineage}
+            if "parametrizations" in (entries.get("_modules") or ()):
+                notes.add("parametrized")
+            public = tuple(name for name in names if name[:1] != "_" and name != "training")
+            shape = self._all_shapes[cls, names] = _Shape(
+                names=names,
+                public=public,
+                read=_reader(public),
+                notes=frozenset(notes),
+                special="_graphpatch" in entries or not lineage.isdisjoint(WRAPPERS) or not _is_plain(entries),
+                layouts={},
+            )
+        self._shapes[cls] = shape
+        return shape
+
+    def _layout(self, shape: _Shape, entries: dict[str, Any]) -> _Layout:
+        scalars = [name for name in shape.public if type(entries[name]) in _SCALARS]
+        others = [name for name in shape.public if name not in scalars and _may_convert(entries[name])]
+        all_scalars = len(scalars) == len(shape.public)
         return _Layout(
-            read=itemgetter(*scalars) if scalars else None,
-            scalars=tuple(scalars),
+            scalars=None if all_scalars else _reader(scalars) or _nothing,
+            facts=tuple(name for name in shape.public if name in scalars or name in others),
             others=tuple(others),
-            config=config,
-            notes=frozenset(notes),
-            wraps=wraps,
-            patched="_graphpatch" in entries,
-            plain=all(type(entries.get(n)) is dict for n in ("_modules", "_parameters", "_buffers")),
+            config="config" in shape.public and _is_config(entries["config"]),
+            signatures={},
         )
 
-    def _unwrap(
-        self, module: Any, root: bool
-    ) -> tuple[Any, dict[str, Any], _Layout, frozenset[str] | None, Any]:
-        """The module that stands for this one in the tree, and what was met on the way to it."""
-        through: set[str] = set()
+    def _unwrap(self, module: Any, root: bool) -> tuple[Any, dict[str, Any], _Shape, frozenset[str], Any]:
+        """The module that stands for this one in the tree, what it was wrapped in, and its patches' record."""
+        wrapped: set[str] = set()
         marks: tuple[Any, ...] = ()
         while True:
             entries = module.__dict__
-            layout = self._layout(module, entries)
-            if layout.wraps:
-                through.add(type(module).__name__)
+            inside = _wrapped_by(module)
+            if inside is not None:
+                wrapped.add(f"wrapped:{type(module).__name__}")
                 if root:
                     self.tree.wrappers.append(type(module).__name__)
-                module = entries["_modules"][layout.wraps]
+                module = inside
                 continue
-            record = entries.get("_graphpatch") if layout.patched else None
+            record = entries.get("_graphpatch")
             if record is None or getattr(record, "original", None) is None:
                 break
             marks += tuple(record.marks)
             module = record.original
-        if not layout.plain:
+        if not _is_plain(entries):
             entries = _plain(module, entries)
             self._kept.append(entries)
-            layout = self._layout(module, entries)
         if marks:
             record = _Record((*marks, *(record.marks if record else ())), record)
-        notes = frozenset(f"wrapped:{name}" for name in through)
-        key = (type(module), *entries, *map(type, entries.values()))
-        layout = self._layouts.setdefault((key, "inner"), layout)
-        return module, entries, layout, notes or None, record
+        return module, entries, self._shape(module, entries), frozenset(wrapped), record
 
-    def _patched_key(self, layout: _Layout, entries: dict[str, Any], record: Any, node: int) -> Any:
-        """What tells patched modules of one layout apart, beside what they hold: which attributes patches changed."""
+    def _changes(self, layout: _Layout, record: Any, node: int) -> tuple[Any, ...]:
+        """What tells patched modules apart, beside what they hold: the attributes that patches added or changed."""
         if record.marks:
             self.tree.marks[node] = tuple(record.marks)
-        changed = record.attributes
-        if not changed and not any(name in record.added for name in (*layout.scalars, *layout.others)):
-            return layout
-        return (layout, frozenset(record.added), *((n, type(v), _convert(v)) for n, v in sorted(changed.items())))
+        added = [name for name in layout.facts if name in record.added]
+        return (*added, *((name, repr(_convert(value))) for name, value in sorted(record.attributes.items())))
 
     def _intern(
         self,
-        module: nn.Module,
+        cls: type,
         entries: dict[str, Any],
+        shape: _Shape,
         layout: _Layout,
-        facts: tuple[Any, ...],
-        buffers: tuple[Any, ...],
-        extra: frozenset[str] | None,
+        tensors: tuple[Any, ...],
+        further: tuple[Any, ...],
         record: Any,
     ) -> int:
         """The number of the signature with this content; the same content behind other private names is one signature."""
         attributes: dict[str, Attribute] = {}
-        for name, value in entries.items():
-            if name in layout.scalars or name in layout.others:
-                if record is not None and name in record.added:
-                    continue
-                if record is not None and name in record.attributes:
-                    value = record.attributes[name]
-                converted = _convert(value)
+        for name in layout.facts:
+            if record is None or name not in record.added:
+                changed = record is not None and name in record.attributes
+                converted = _convert(record.attributes[name] if changed else entries[name])
                 if converted is not _ABSENT:
                     attributes[name] = converted
-        parameters: dict[str, Tensor] = {}
-        at = 0
-        while at < len(facts):
-            if facts[at + 1] is None:
-                attributes.setdefault(facts[at], None)
-                at += 2
-            else:
-                name, shape, dtype, trainable = facts[at : at + 4]
-                parameters[name] = Tensor(_shape(shape), _dtype(dtype), trainable)
-                at += 4
+        parameters, buffers = _tensors(tensors, attributes)
+        wrapped = further[0] if further and isinstance(further[0], frozenset) else frozenset()
         signature = Signature(
-            mro=self._mro(type(module)),
+            mro=self._mro(cls),
             attributes=attributes,
             parameters=parameters,
-            buffers={
-                buffers[i]: Tensor(_shape(buffers[i + 1]), _dtype(buffers[i + 2]), False)
-                for i in range(0, len(buffers), 4)
-            },
+            buffers=buffers,
             config=self._config(entries["config"]) if layout.config else -1,
-            notes=layout.notes | extra if extra else layout.notes,
+            notes=shape.notes | wrapped,
         )
-        content = (
-            signature.mro,
-            # `1 == True == 1.0`, so the values count as they are written.
-            tuple((name, repr(value)) for name, value in attributes.items()),
-            tuple(parameters.items()),
-            tuple(signature.buffers.items()),
-            signature.config,
-            signature.notes,
-        )
-        number = self._interned.setdefault(content, len(self.tree.signatures))
+        number = self._interned.setdefault(content_of(signature), len(self.tree.signatures))
         if number == len(self.tree.signatures):
             self.tree.signatures.append(signature)
         return number
@@ -369,6 +351,17 @@ def _ends(parents: list[int]) -> list[int]:
 # ── values ──
 
 
+def _reader(names: Sequence[str]) -> Callable[[dict[str, Any]], tuple[Any, ...]] | None:
+    """Takes these entries out of a dict, always as a tuple."""
+    if not names:
+        return None
+    return itemgetter(*names) if len(names) > 1 else itemgetter(names[0], names[0])
+
+
+def _nothing(entries: dict[str, Any]) -> tuple[Any, ...]:
+    return ()
+
+
 def _may_convert(value: Any) -> bool:
     return isinstance(value, (bool, int, float, str, tuple, list, Enum, torch.dtype))
 
@@ -404,12 +397,42 @@ def _odd_tensor(tensor: Any) -> tuple[Any, Any, bool]:
         return (), "uninitialized", bool(getattr(tensor, "requires_grad", True))
 
 
-def _shape(shape: Iterable[Any]) -> tuple[int, ...]:
-    return tuple(int(size) for size in shape)
+def _tensors(
+    facts: tuple[Any, ...], attributes: dict[str, Attribute]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters and buffers out of the flat facts of the walk; a parameter that is None becomes an attribute."""
+    parameters: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
+    into, at = parameters, 0
+    while at < len(facts):
+        if facts[at] is _BUFFERS:
+            into, at = buffers, at + 1
+        elif at + 1 == len(facts) or isinstance(facts[at + 1], str) or facts[at + 1] is _BUFFERS:
+            attributes.setdefault(facts[at], None)
+            at += 1
+        else:
+            name, shape, dtype, trainable = facts[at : at + 4]
+            into[name] = Tensor(tuple(map(int, shape)), _dtype(dtype), into is parameters and trainable)
+            at += 4
+    return parameters, buffers
 
 
 def _dtype(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _is_plain(entries: dict[str, Any]) -> bool:
+    return all(isinstance(entries.get(held), dict) for held in ("_modules", "_parameters", "_buffers"))
+
+
+def _wrapped_by(module: Any) -> Any:
+    """The module in a transparent wrapper; None for any other module."""
+    for cls in type(module).__mro__:
+        child = WRAPPERS.get(cls.__name__)
+        if child is not None:
+            children = module.__dict__.get("_modules") or {}
+            return children.get(child)
+    return None
 
 
 def _plain(module: Any, entries: dict[str, Any]) -> dict[str, Any]:

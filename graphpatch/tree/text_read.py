@@ -12,7 +12,7 @@ from ..lang.diagnostics import Diagnostic, Error, Place, Source, Span
 from .compile import compile_selector
 from .match import match
 from .text_write import FIRST_LINE, LEVELS
-from .tree import Mark, Parameter, Signature, Tensor, Tree, index_of
+from .tree import Mark, Parameter, Signature, Tensor, Tree, content_of, index_of
 
 MOST_NODES = 4_000_000
 """A model with more modules than this is a mistake in the file."""
@@ -358,17 +358,9 @@ class _Reader:
         if number is None:
             facts = template.facts
             attributes = {**facts.attributes, **dict(zip(template.references, values))}
-            content = (
-                facts.mro,
-                tuple((name, repr(value)) for name, value in attributes.items()),
-                tuple(facts.parameters.items()),
-                tuple(facts.buffers.items()),
-                facts.config,
-                facts.notes,
-            )
-            number = self.known.setdefault(content, len(self.known))
+            made = Signature(facts.mro, attributes, facts.parameters, facts.buffers, facts.config, facts.notes)
+            number = self.known.setdefault(content_of(made), len(self.known))
             if number == len(self.result.signatures):
-                made = Signature(facts.mro, attributes, facts.parameters, facts.buffers, facts.config, facts.notes)
                 self.result.signatures.append(made)
             template.numbers[values] = number
         return number

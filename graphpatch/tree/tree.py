@@ -92,6 +92,18 @@ def index_of(name: str) -> int:
     return int(name)
 
 
+def content_of(signature: Signature) -> tuple[object, ...]:
+    """A signature as something to look it up by. Attributes count as they are written, since `1 == True == 1.0`."""
+    return (
+        signature.mro,
+        tuple((name, repr(value)) for name, value in signature.attributes.items()),
+        tuple(signature.parameters.items()),
+        tuple(signature.buffers.items()),
+        signature.config,
+        signature.notes,
+    )
+
+
 @dataclass(eq=False)
 class Tree:
     """Modules in preorder, as parallel lists indexed by node; node 0 is the root.

@@ -18,6 +18,7 @@ from .syntax import KEYWORDS
 STATEMENTS = ("use", "param", "alias", "require", "when", "patch", "freeze", "train", "map")
 CLAUSES = ("with", "then", "where", "except", "expect", "per", "as", "overrides", "using")
 _OPENING = {"LPAR": ("(", ")"), "LSQB": ("[", "]"), "LBRACE": ("{", "}")}
+_BEGINS = re.compile(rf"\n[ \t]*((?:{'|'.join(STATEMENTS)})[ \t]+[\w^@*:/\"'{{])")
 _CLOSING = {"RPAR": "LPAR", "RSQB": "LSQB", "RBRACE": "LBRACE"}
 
 
@@ -125,13 +126,23 @@ def _position(text: str, offset: int) -> tuple[int, int]:
 
 def explain(spot: Spot) -> tuple[Diagnostic, int]:
     """What is wrong, and the offset from which a next statement is to be looked for."""
+    bracket = spot.bracket
+    if bracket is not None and bracket.type != "LBRACE" and bracket.end_pos is not None:
+        # A statement that begins a line was not meant to be in the brackets that a line before left open.
+        begun = re.search(_BEGINS, spot.text[bracket.end_pos : spot.offset])
+        if begun:
+            sign, close = _OPENING[bracket.type]
+            title, start = f"`{sign}` is never closed", bracket.end_pos - 1
+            return spot.finding(
+                "GP103", title, start, start + 1, f"a `{close}` is missing"
+            ), bracket.end_pos + begun.start(1)
     if _swallowed(spot):
         assert spot.last is not None and spot.last.start_pos is not None
         start = spot.last.start_pos
-        bracket = _unclosed(spot)
-        if bracket is not None:
-            return bracket, start
-        wanted = "a selector" if spot.last.type in ("SEGMENT",) else "a name" if spot.last.type == "NAME" else "a value"
+        unclosed = _unclosed(spot)
+        if unclosed is not None:
+            return unclosed, start
+        wanted = {"SEGMENT": "a selector", "NAME": "a name", "CLASS": "a class"}.get(spot.last.type, "a value")
         before = re.search(r"(\S+)\s*$", spot.text[:start])
         title = f"{wanted} is missing" + (f" after `{_short(before[1])}`" if before else "")
         label = f"`{spot.last}` begins the next part"
@@ -147,7 +158,7 @@ def explain(spot: Spot) -> tuple[Diagnostic, int]:
 def _swallowed(spot: Spot) -> bool:
     """Whether the word before was taken for a name, and was meant as the keyword it is."""
     last = spot.last
-    if last is None or last.type not in ("SEGMENT", "DOTTED", "NAME") or last.end_pos is None:
+    if last is None or last.type not in ("SEGMENT", "DOTTED", "NAME", "CLASS") or last.end_pos is None:
         return False
     if last not in (*STATEMENTS, *CLAUSES) or spot.text[last.end_pos : last.end_pos + 1] not in (" ", "\t", "\n", "\r"):
         return False
@@ -165,8 +176,7 @@ def _json(spot: Spot) -> Diagnostic | None:
             "GP111",
             "this is JSON, not a rule file",
             1,
-            "",
-            "rules as JSON are read by RuleSet.from_json; a rule file begins patch, use ...",
+            "RuleSet.from_json reads rules as JSON; a rule file begins with patch, use, ...",
         )
     return None
 
@@ -347,7 +357,7 @@ def _regex(spot: Spot) -> Diagnostic | None:
         return None
     if spot.rest[:1] == "." and not re.match(r"\.[*+]|\.\\", spot.rest):
         return None
-    choice = re.fullmatch(r"(?:[.*]*?\.)?([\w]*)\((\w+(?:\|\w+)+)\)(\w*)\$?", run)
+    choice = re.fullmatch(r"(?:\.\*\\?\.?)?((?:\w+\.)*\w*)\((?:\?:)?(\w+(?:\|\w+)+)\)(\w*)\$?", run)
     if choice:
         plain = f"{choice[1]}{{{choice[2].replace('|', ',')}}}{choice[3]}"
         return spot.finding("GP114", "alternatives within a name stand in braces", start, end, f"write {plain}")
@@ -366,15 +376,27 @@ def _regex(spot: Spot) -> Diagnostic | None:
 
 
 def _assignment(spot: Spot) -> Diagnostic | None:
-    if spot.rest[:1] != "=" or spot.rest.startswith("=="):
-        if spot.rest.startswith("===") or (spot.rest[:1] == "=" and spot.last is not None and spot.last == "=="):
-            return spot.here("GP112", "`===` is written `==`", 1, "write ==")
+    rest, last = spot.rest, spot.last
+    if spot.statement == "map" and re.match(r"=>?|-+>|:", rest) and "__ANON_0" in spot.expected:
+        return spot.here("GP112", "a key goes to another with `->`", 2 if rest[1:2] == ">" else 1, "write ->")
+    if spot.statement == "patch" and spot.after_selector and rest.startswith(("->", "=>")):
+        return spot.here("GP115", "what to do stands behind `with`", 2, "write with")
+    if spot.statement == "patch" and rest[:1] == "(" and last is not None and last.type == "CLASS":
+        start = last.start_pos or 0
+        return spot.finding(
+            "GP115", "what to do stands behind `with`", start - 1, spot.offset, f"write with {last}(...)"
+        )
+    if rest[:1] != "=":
         return None
-    if spot.after_value:
-        return spot.here("GP112", "`=` gives a value, `==` compares", 1, "write ==")
+    if last == "==":
+        return spot.finding("GP112", "`===` is written `==`", spot.offset - 2, spot.offset + 1, "write ==")
+    if rest.startswith("=!"):
+        return spot.here("GP112", "`=!` is written `!=`", 2, "write !=")
     if spot.clause == "expect":
         return spot.here("GP112", "`expect` compares with `==`", 1, "write the number alone: expect 4")
-    if spot.statement == "patch":
+    if spot.after_value:
+        return spot.here("GP112", "`=` gives a value, `==` compares", 1, "write ==")
+    if spot.statement == "patch" and spot.after_selector:
         return spot.here("GP115", "what to do stands behind `with`", 1, "write with")
     return None
 
@@ -425,6 +447,8 @@ def _statement(spot: Spot) -> Diagnostic | None:
     near = did_you_mean(spot.word.lower(), STATEMENTS)
     if re.match(r"\w+\s*=[^=]", spot.rest):
         near = f"write param {spot.word} = ... or alias {spot.word} = ..."
+    if re.match(r"[\w.]+\(", spot.rest):
+        near = near or "what to do stands behind `with`: patch SELECTOR with " + spot.word + "(...)"
     label = near or "a statement begins with use, param, alias, require, when, patch, freeze, train or map"
     return spot.here("GP125", f"no statement begins with `{spot.word}`", len(spot.word), label)
 
@@ -490,14 +514,10 @@ def _bad_braces(spot: Spot, body: str) -> Diagnostic:
 
 
 def _paths(spot: Spot) -> Diagnostic | None:
-    if spot.clause == "use" and re.match(r"[./~\\]|\w+/", spot.rest):
-        return spot.here("GP124", "a path stands in quotes", len(spot.chunk), f'write use "{_short(spot.chunk)}"')
-    if spot.clause == "use" and spot.last is not None and spot.rest[:1] in "/-." and spot.rest[:1]:
-        start, end = spot.around
-        return spot.finding(
-            "GP124", "a path stands in quotes", start, end, f'write use "{_short(spot.text[start:end])}"'
-        )
-    return None
+    if spot.clause != "use" or not re.match(r"[./~\\-]|\w+/", spot.rest):
+        return None
+    start, end = spot.around
+    return spot.finding("GP124", "a path stands in quotes", start, end, f'write use "{_short(spot.text[start:end])}"')
 
 
 def _hyphen(spot: Spot) -> Diagnostic | None:
@@ -532,6 +552,10 @@ def _arguments(spot: Spot) -> Diagnostic | None:
 def _power(spot: Spot) -> Diagnostic | None:
     if spot.after_value and spot.rest[:1] == "^":
         return spot.here("GP101", "a power is written `**`", 1, "write **")
+    if spot.rest[:1] == "$" and "VAR" in spot.expected:
+        return spot.here("GP101", "`$` stands before the name of a param", 1, "write $name")
+    if spot.rest[:1] == "]" and spot.last is not None and spot.last == "[" and "COLON" in spot.expected:
+        return spot.here("GP101", "no index stands in these brackets", 1, "write [*] for every one")
     if spot.after_value and spot.rest[:1] == "?":
         return spot.here("GP101", "a choice is written as in Python", 1, "write x if test else y")
     return None
@@ -558,6 +582,8 @@ def _number(spot: Spot) -> Diagnostic | None:
     match = re.match(r"[0-9][\w.]*", spot.rest)
     if not match:
         return None
+    if "NAME" in spot.expected and not spot.wants_selector:
+        return spot.here("GP120", "a name begins with a letter", len(match[0]), "put a letter before it")
     if spot.wants_value or "INT" in spot.expected:
         if re.fullmatch(r"0[xXoObB][0-9A-Fa-f_]+", match[0]) and len(match[0]) < 20:
             return spot.here("GP120", "numbers are written in decimal", len(match[0]), f"write {int(match[0], 0)}")
@@ -581,7 +607,7 @@ def _unclosed(spot: Spot) -> Diagnostic | None:
     bracket = spot.bracket
     if bracket is None or bracket.start_pos is None:
         return None
-    if bracket.type == "LBRACE" and (spot.rest != "" or not spot.at_statement):
+    if bracket.type == "LBRACE" and (spot.rest != "" or "RBRACE" not in spot.expected):
         return None
     sign, close = _OPENING[bracket.type]
     if spot.rest[:1] == close:
@@ -679,12 +705,12 @@ def _wanted(spot: Spot) -> str:
         "LBRACE": "{",
         "__ANON_0": "->",
         "ELSE": "else",
-        "IN": "in",
     }
-    if not parts or not spot.after_value:
-        parts += [f"`{sign}`" for name, sign in signs.items() if name in expected and name != "IN"]
-    elif spot.after_value:
-        parts += [f"`{signs[name]}`" for name in ("COMMA", "RPAR", "RSQB", "LBRACE", "ELSE") if name in expected]
+    if not parts and "IN" in expected:
+        parts.append("`in`")
+    # What goes on with a value is "an operator", what may open one is "a value".
+    hidden = {"VBAR", "DOT", "EQUAL", "LPAR"} if spot.after_value else {"LPAR"} if "INT" in expected else set()
+    parts += [f"`{sign}`" for name, sign in signs.items() if name in expected and name not in hidden]
     if "WITH" in expected or "WHERE" in expected:
         parts.append(
             "a clause (" + ", ".join(w for w in CLAUSES if w.upper() in expected and w not in ("then", "per")) + ")"

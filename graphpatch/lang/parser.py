@@ -15,10 +15,14 @@ from .grammar import grammar
 from .mistakes import Spot, explain
 from .syntax import Expr, ListExpr, Literal_, RuleFile, SelectorUnion, Unary
 
-LARGEST = 1_000_000
-"""Bytes in a rule file."""
+LARGEST = 250_000
+"""Characters in a rule file; reading as many takes seconds."""
 MOST_FINDINGS = 30
 DEEPEST_BRACKETS = 60
+LONGEST_STATEMENT = 20_000
+LONGEST_WORD = 10_000
+DEEPEST_STACK = 1000
+"""Words that the parser may hold before it knows what they are part of."""
 
 STATEMENTS = ("use", "param", "alias", "require", "when", "patch", "freeze", "train", "map")
 _OPENING = {"LPAR": ")", "LSQB": "]", "LBRACE": "}"}
@@ -140,15 +144,18 @@ class _Reading:
 
     def read(self) -> Tree | None:
         """Read on to the end, or to the next mistake, which is noted and passed: then None."""
-        state, depth = self.state, self.depth()
+        state, depth, words = self.state, self.depth(), 0
         before: tuple[list[Any], list[Any]] | None = None
         try:
             for token in self.thread.lex(state):
                 depth += (token.type in _OPENING) - (token.type in _CLOSING)
-                if depth > DEEPEST_BRACKETS:
-                    self.note(
-                        "GP119", f"more than {DEEPEST_BRACKETS} brackets are open", token, "split it with `param`"
-                    )
+                if depth > DEEPEST_BRACKETS or len(state.state_stack) > DEEPEST_STACK:
+                    self.note("GP119", "this is nested too deep", token, "split it with `param`")
+                    raise _Stop
+                words = 0 if token.type.lower() in STATEMENTS else words + 1
+                if words > LONGEST_STATEMENT or (len(token) > LONGEST_WORD and token.type != "STRING"):
+                    what = "statement" if words > LONGEST_STATEMENT else "word"
+                    self.note("GP119", f"this {what} is too long", token, "split it")
                     raise _Stop
                 if self.runs_on(token):
                     raise UnexpectedToken(token, set())
@@ -207,9 +214,14 @@ class _Reading:
             self.recover(resume, spot)
 
     def recover(self, offset: int, spot: Spot) -> None:
+        if spot.words and spot.words[-1].type == "RBRACE" and "PATCH" in spot.expected:
+            # The block before is whole, and would be lost with the rest if it were not taken first.
+            self.state.feed_token(Token("PATCH", "patch", offset, 1, 1, 1, 1, offset))
+            self.state.state_stack.pop()
+            self.state.value_stack.pop()
         popped = self.pop()
         block = any(t.type == "WHEN" for t in popped) and not any(t.type == "LBRACE" for t in popped)
-        if block or spot.word == "else":
+        if block or (spot.at_statement and spot.word in ("else", "elif", "if")):
             brace = self.block_after(offset)
             if brace is not None:
                 # The test is lost, what the block holds is not: read it as if it were `when true {`.

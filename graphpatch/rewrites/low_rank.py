@@ -94,7 +94,7 @@ class LinearWithLowRank(torch.autograd.Function):
             if need_a:
                 grad_a = back.t().mm(source).to(a.dtype)
             if need_z:
-                grad_z = back.mm(a_).view(*shape, -1)
+                grad_z = back.mm(a_).view(*shape, a.shape[1])
         if need_b:
             # The saved product is a constant; a second derivative goes through it to z and A.
             inner = linear(source, a_) if again else h.view(-1, h.shape[-1])
@@ -104,7 +104,7 @@ class LinearWithLowRank(torch.autograd.Function):
                 grad_x = torch.addmm(g.mm(weight), back, a_) if again else g.mm(weight).addmm_(back, a_)
             else:
                 grad_x = g.mm(weight)
-            grad_x = grad_x.view(*shape, -1)
+            grad_x = grad_x.view(*shape, weight.shape[1])
         if need_weight:
             grad_weight = g.t().mm(x.reshape(-1, x.shape[-1]))
         if need_bias:

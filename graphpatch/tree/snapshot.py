@@ -193,7 +193,7 @@ class _Walk:
         tree.lengths = [container_lengths[p] if i >= 0 else 0 for p, i in zip(parents, indices)]
         tree.ends = _ends(parents)
         tree.edges = sorted(edges, key=itemgetter(1))
-        tree.source = _device(model)
+        tree.source = _device(modules)
 
     # ── what a module looks like ──
     def _shape(self, module: nn.Module, entries: dict[str, Any]) -> _Shape:
@@ -452,11 +452,11 @@ def _plain(module: Any, entries: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _device(model: nn.Module) -> str:
+def _device(modules: Sequence[nn.Module]) -> str:
     """The device of the first parameter or buffer, without its number."""
-    for module in model.modules():
-        for tensors in (module.__dict__.get("_parameters"), module.__dict__.get("_buffers")):
-            for tensor in (tensors or {}).values():
+    for module in modules:
+        for held in ("_parameters", "_buffers"):
+            for tensor in (module.__dict__.get(held) or {}).values():
                 if tensor is not None:
                     return str(tensor.device.type)
     return ""

@@ -249,7 +249,7 @@ class Builder:
         return tuple(result)
 
     def name_word(self, token: Token, what: str) -> str:
-        if token in s.KEYWORDS or (what == "alias" and token == "new"):
+        if token in s.KEYWORDS or token.lower() in ("true", "false", "none") or (what == "alias" and token == "new"):
             why = "is the role of what the patches add" if token == "new" else "is a word of the language"
             self.fail(
                 "GP117",
@@ -385,6 +385,8 @@ class Builder:
         ours = {"true": "true", "false": "false", "none": "none", "null": "none", "nil": "none"}.get(name.lower())
         if ours:
             self.fail("GP105", f"`{name}` is written {ours}", tree, f"write {ours}")
+        elif name in s.KEYWORDS - {"has", "count"}:
+            self.fail("GP117", f"`{name}` is a word of the language and no value", tree, "a value is missing before it")
         return make(s.Name, name=name, span=span_of(tree))
 
     def expr_call(self, tree: Parsed, children: list[Any]) -> s.Call:

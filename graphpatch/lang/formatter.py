@@ -260,7 +260,7 @@ def _literal(value: bool | int | float | str | None) -> tuple[str, int]:
 
 
 def _name(name: str, what: str) -> str:
-    if name in s.KEYWORDS:
+    if name in s.KEYWORDS or name.lower() in ("true", "false", "none"):
         _refuse(f"a {what} called `{name}`, a word of the language,")
     return _word(name, NAME, what)
 

@@ -390,6 +390,16 @@ def _assignment(spot: Spot) -> Diagnostic | None:
         return None
     if last == "==":
         return spot.finding("GP112", "`===` is written `==`", spot.offset - 2, spot.offset + 1, "write ==")
+    if (
+        spot.bracket is not None
+        and spot.bracket.type == "LPAR"
+        and last is not None
+        and last.type == "DOTTED"
+        and "." in last
+    ):
+        return spot.finding(
+            "GP112", "the name of an argument has no dot", last.start_pos or 0, spot.offset, "write name=value"
+        )
     if rest.startswith("=!"):
         return spot.here("GP112", "`=!` is written `!=`", 2, "write !=")
     if spot.clause == "expect":
@@ -476,7 +486,7 @@ def _string(spot: Spot) -> Diagnostic | None:
 
 
 def _braces(spot: Spot) -> Diagnostic | None:
-    if spot.rest[:1] != "{" or not spot.wants_selector:
+    if spot.rest[:1] != "{" or not (spot.wants_selector or "CLASS" in spot.expected):
         if (
             spot.rest[:1] == "{"
             and spot.last is not None

@@ -112,5 +112,4 @@ def _traits(op: type[Op]) -> list[str]:
     kept = "The module object, its name, its keys and its ties stay; a plan shows it as `~`."
     inside = f"Level {op.level}: ops of a lower level stand nearer to the original forward."
     exact = "Bit for bit the original outputs until trained." if op.exact_at_init else ""
-    merges = "Merges into the base weight." if op.merges else ""
-    return [t for t in (kept, inside, exact, merges) if t]
+    return [t for t in (kept, inside, exact) if t]

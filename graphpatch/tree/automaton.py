@@ -8,7 +8,7 @@ for any number of patterns, and a step once made is looked up.
 
 from __future__ import annotations
 
-from typing import Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from .globs import glob_regex
 from .pattern import Bounds, Indices, Names, Pattern, within

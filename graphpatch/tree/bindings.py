@@ -6,7 +6,8 @@ once per *shape*: the path with its indices left open.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from .compile import Compiled, Owned
 from .pattern import Indices, Pattern, Test
@@ -164,7 +165,7 @@ def path_segments(tree: Tree, path: str) -> list[Segment]:
 def align(pattern: Pattern, segments: Sequence[Segment], loosely: bool = False) -> tuple[int, ...] | None:
     """For each test the segment it takes, as far left as can be; None where the path does not match.
     `loosely` lets an index be any."""
-    tests, gaps = pattern.tests, pattern.gaps
+    tests = pattern.tests
     ends = _ways(pattern, segments, loosely)
     if not ends[0][0]:
         return None
@@ -201,5 +202,3 @@ def _accepts(test: Test, segment: Segment, loosely: bool) -> bool:
     if loosely and segment[1] >= 0:
         return isinstance(test, Indices) or test.anything or any(index_of(name) >= 0 for name in test.literals)
     return test.accepts(*segment)
-
-

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from .globs import glob_regex
 
@@ -12,7 +13,7 @@ class ClassTest(NamedTuple):
     """One of `names` is enough; `exact` (`:=`) looks at the module's own class only.
 
     A name without a dot is held against `__name__`. A dotted one is held against the qualified name, and may leave
-    out inner packages, as public aliases do: `torch.nn.Linear` is `torch.nn.modules.linear.Linear`. Globs within a part.
+    out inner packages, as public aliases do: `torch.nn.Linear` is `torch.nn.modules.linear.Linear`.
     """
 
     names: tuple[str, ...]

@@ -7,8 +7,9 @@ alternative. So whether one took part in a hit is whether its pattern accepted i
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from itertools import product
-from typing import NamedTuple, NoReturn, Protocol, Sequence
+from typing import NamedTuple, NoReturn, Protocol
 
 from ..lang.diagnostics import Span
 from ..lang.formatter import format_selector, format_step
@@ -40,7 +41,7 @@ class Scope(Protocol):
 
 
 class Alternative(NamedTuple):
-    """A `|` branch, or one alternative of `{}` in a step or a class: each must be in a hit. Never from inside a role."""
+    """A `|` branch, or one alternative of `{}` in a step or a class: each must be in a hit. None is inside a role."""
 
     text: str
     """As written: `{w}` for an alternative, the branch's own text for a branch."""
@@ -129,7 +130,9 @@ def _add(compiled: Compiled, alternative: Alternative) -> int:
 
 
 def _too_many(scope: Scope, span: Span | None) -> NoReturn:
-    scope.fail("GP234", f"this selector stands for more than {_MOST_PATTERNS} paths", span, "split it into several rules")
+    scope.fail(
+        "GP234", f"this selector stands for more than {_MOST_PATTERNS} paths", span, "split it into several rules"
+    )
 
 
 # ── one branch ──
@@ -201,7 +204,7 @@ class _Branch:
         fixed: dict[int, Fixed],
         inside: tuple[tuple[str, int], ...],
     ) -> list[_Path]:
-        """All ways to read the branch's steps, in the scope they were written in; `inside` are the roles being expanded."""
+        """All ways to read the branch's steps, in the scope they stand in; `inside` are the roles being expanded."""
         paths = [_Path(anchored=branch.anchored)]
         last = len(branch.steps) - 1
         for number, step in enumerate(branch.steps):
@@ -210,7 +213,9 @@ class _Branch:
                 if number < last and any(path.classes for path in more):
                     self._fail(scope, "GP232", f"`@{step.name}` ends in a class, so it comes last in a path", step.span)
                 if number and any(path.anchored for path in more):
-                    self._fail(scope, "GP231", f"`@{step.name}` is anchored with `^`, so it comes first in a path", step.span)
+                    self._fail(
+                        scope, "GP231", f"`@{step.name}` is anchored with `^`, so it comes first in a path", step.span
+                    )
             else:
                 more = [_Path(self._step(step, scope, number, fixed.get(number)))]
             if len(paths) * len(more) > _MOST_PATTERNS:
@@ -290,20 +295,24 @@ class _Branch:
             return [_Path(regex=branch)]
         paths = self._expand(branch, home, {}, inside)
         if branch.cls:
-            paths = [path._replace(classes=path.classes + (self._classes(branch.cls, None),)) for path in paths]
+            paths = [path._replace(classes=(*path.classes, self._classes(branch.cls, None))) for path in paths]
         if not branch.steps and not branch.anchored and not (alone and first):
             # `:*RMSNorm` as a step of a path is a child of that class, whatever its name.
             paths = [path._replace(elements=(_Element(Names(anything=True), number),)) for path in paths]
         if step.index is None:
             return [
-                path._replace(elements=tuple(e._replace(step=number, capture=None, choice=False) for e in path.elements))
+                path._replace(
+                    elements=tuple(e._replace(step=number, capture=None, choice=False) for e in path.elements)
+                )
                 for path in paths
             ]
         indexed = []
         for path in paths:
             if path.classes or not path.elements or not isinstance(path.elements[-1].test, Names):
                 why = "one of its branches does not" if len(paths) > 1 else f"it is `{format_selector(branch)}`"
-                self._fail(scope, "GP233", f"an index needs a role that ends in a name, and {said} does not", step.span, why)
+                self._fail(
+                    scope, "GP233", f"an index needs a role that ends in a name, and {said} does not", step.span, why
+                )
             elements = [e._replace(step=number, capture=None, choice=False) for e in path.elements]
             indexed.append(path._replace(elements=(*elements, self._index(step, step.index, scope, number))))
         return indexed
@@ -354,7 +363,9 @@ class _Branch:
                 modules,
                 parameter if path.classes else parameters,
             )
-            self.compiled.patterns.append(Owned(pattern, self.number, bit, tuple(captures), tuple(steps), tuple(choices)))
+            self.compiled.patterns.append(
+                Owned(pattern, self.number, bit, tuple(captures), tuple(steps), tuple(choices))
+            )
 
     def _regex(self, branch: RegexSelector, bit: int, classes: Sequence[_Classes]) -> None:
         try:

@@ -8,8 +8,9 @@ model of 45,000 targets has about ten.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from itertools import takewhile
-from typing import Iterable, NamedTuple, Sequence
+from typing import NamedTuple
 
 from ..lang.words import quote
 from .tree import Parameter, Tree, index_of
@@ -31,7 +32,7 @@ class _Child(NamedTuple):
     """A child, or a parameter where `shape` is `_LEAF_PARAMETER`, and what is selected below it."""
 
     name: str
-    index: int
+    number: int
     shape: int
 
 
@@ -133,10 +134,10 @@ class _Selection:
         endings = [""] if shape.selected else []
         groups: dict[tuple[int, bool], list[_Child]] = {}
         for child in shape.children:
-            groups.setdefault((child.shape, child.index >= 0 and not bare), []).append(child)
+            groups.setdefault((child.shape, child.number >= 0 and not bare), []).append(child)
         for (below, bracket), children in groups.items():
             if bracket:
-                spans = spans_text(sorted(child.index for child in children))
+                spans = spans_text(sorted(child.number for child in children))
                 endings += [f"[{spans}]{rest}" for rest in self._say(below, bare=True)]
             else:
                 for step in steps_text([child.name for child in children]):

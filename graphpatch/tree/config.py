@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from enum import Enum
-from typing import Any, Mapping
+from typing import Any
 
 _DEEPEST = 32
 _ABSENT = object()
 
 
 def plain_config(config: Any) -> dict[str, Any] | None:
-    """The config as a dict of JSON values, what is none (functions, tensors, modules) left out; None where it is no config.
+    """The config as a dict of JSON values, what is none (functions, tensors) left out; None where it is no config.
 
     Asking a config for its own dict runs its code, so whatever that raises means: not a config.
     """
@@ -53,7 +54,9 @@ def _plain(value: Any, depth: int) -> Any:
     if type(value).__module__ == "torch" and type(value).__name__ == "dtype":
         return str(value).removeprefix("torch.")
     if isinstance(value, Mapping):
-        items = ((str(_plain(k, depth + 1) if not isinstance(k, str) else k), _plain(v, depth + 1)) for k, v in value.items())
+        items = (
+            (str(_plain(k, depth + 1) if not isinstance(k, str) else k), _plain(v, depth + 1)) for k, v in value.items()
+        )
         return {k: v for k, v in items if v is not _ABSENT}
     if isinstance(value, (list, tuple)):
         return [v for v in (_plain(item, depth + 1) for item in value) if v is not _ABSENT]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Iterable, NamedTuple, Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from .compress import compress
 from .tree import Signature, Tensor, Tree
@@ -15,7 +16,7 @@ class Line(NamedTuple):
 
     paths: tuple[str, ...]
     """Compressed: as selectors of the tree they stand in."""
-    count: int
+    modules: int
     what: str
     """What stands there: `Linear(4096, 14336)`; for a change what it was and is."""
 
@@ -199,8 +200,9 @@ def _change(before: Signature, after: Signature) -> str:
         return f"{describe(before)} -> {describe(after)}"
     said = [f"{n}: {_value(a)} -> {_value(b)}" for n, a, b in _pairs(before.attributes, after.attributes)]
     for kind in ("parameters", "buffers"):
-        said += [f"{n}: {_tensor(a)} -> {_tensor(b)}" for n, a, b in _pairs(getattr(before, kind), getattr(after, kind))
-                 if a is _NONE or b is _NONE or a[:2] != b[:2]]  # fmt: skip
+        for name, one, other in _pairs(getattr(before, kind), getattr(after, kind)):
+            if _tensor(one) != _tensor(other):
+                said.append(f"{name}: {_tensor(one)} -> {_tensor(other)}")
     if before.mro != after.mro:
         gone = [c.rpartition(".")[2] for c in before.mro if c not in after.mro]
         come = [c.rpartition(".")[2] for c in after.mro if c not in before.mro]
@@ -224,7 +226,8 @@ def _pairs(before: object, after: object) -> list[tuple[str, object, object]]:
 
 
 def _value(value: object) -> str:
-    return {None: "none", True: "true", False: "false"}.get(value, repr(value)) if isinstance(value, (bool, type(None))) else repr(value)  # type: ignore[call-overload]
+    """As a rule would write it."""
+    return {"None": "none", "True": "true", "False": "false"}.get(repr(value), repr(value))
 
 
 def _tensor(tensor: object) -> str:

@@ -79,7 +79,10 @@ def _header(path: str) -> dict[str, Tensor]:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _LONGEST_HEADER):
-                _fail("GP436", f"{path} is not a safetensors file: its header is said to have {length} bytes, the file has {size}")
+                _fail(
+                    "GP436",
+                    f"{path} is not a safetensors file: its header is said to have {length} bytes, the file has {size}",
+                )
             text = file.read(length)
     except OSError as error:
         _fail("GP430", f"{path} cannot be read: {error.strerror or error}")
@@ -95,7 +98,11 @@ def _header(path: str) -> dict[str, Tensor]:
 def _tensor(path: str, name: str, entry: Any) -> Tensor:
     shape = entry.get("shape") if isinstance(entry, dict) else None
     dtype = entry.get("dtype") if isinstance(entry, dict) else None
-    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 1 << 62 for n in shape) or not isinstance(dtype, str):
+    if (
+        not isinstance(shape, list)
+        or not all(type(n) is int and 0 <= n < 1 << 62 for n in shape)
+        or not isinstance(dtype, str)
+    ):
         _fail("GP436", f"{path} is not a safetensors file: `{name[:200]}` has no shape and dtype")
     if name.count(".") >= _MOST_SEGMENTS:
         _fail("GP436", f"{path}: the name `{name[:200]}...` has more than {_MOST_SEGMENTS} segments")
@@ -107,7 +114,7 @@ def _fail(code: str, title: str) -> NoReturn:
 
 
 def tree_of(tensors: dict[str, Tensor]) -> Tree:
-    """The tree that dotted tensor names make up: children with integer names by number, others in order of appearance."""
+    """The tree that dotted tensor names make up: numbered children in order, others in order of appearance."""
     root: dict[str, Any] = {}
     own: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
-from typing import Callable, Iterable, Mapping, NamedTuple, Sequence
+from typing import NamedTuple
 
 from ..lang.diagnostics import Span
 from .automaton import Automaton
@@ -19,7 +20,7 @@ from .tree import Parameter, Segment, Signature, Tree, index_of
 class OutOfRange(NamedTuple):
     """A single index that no container it was asked of has."""
 
-    index: int
+    asked: int
     text: str
     """What is wrong, in a sentence: `layers[40]` is out of range: `model.layers` has 32, 0 to 31."""
     span: Span | None
@@ -59,7 +60,9 @@ class Hits:
         order = self._orders.get(self._tree.signature_of[parameter[0]])
         if order is None:
             signature = self._tree.signature(parameter[0])
-            order = self._orders[self._tree.signature_of[parameter[0]]] = {n: i for i, n in enumerate(signature.parameters)}
+            order = self._orders[self._tree.signature_of[parameter[0]]] = {
+                n: i for i, n in enumerate(signature.parameters)
+            }
         return (parameter[0], order.get(parameter[1], len(order)), parameter[1])
 
     @cached_property
@@ -96,7 +99,7 @@ class Hits:
 
 
 def match(tree: Tree, selectors: Sequence[Compiled], added: Mapping[int, Iterable[str]] = {}) -> list[Hits]:
-    """Match all selectors in one pass. `added` are names of further parameters at a node, for rules that act on the new tree.
+    """Match all selectors in one pass. `added` are names of further parameters at a node, as on the new tree.
 
     Raises `Error` (GP414, through the selector's scope) where a class is asked for in a tree that has none.
     """

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Iterable, NamedTuple, Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from ..lang.diagnostics import Span, did_you_mean
 from .compile import Compiled, Owned
@@ -62,7 +63,7 @@ class _Stop(NamedTuple):
         if isinstance(test, Indices):
             return _index(tree, self.reached, test, here)
         if self.pattern.gaps[self.at]:
-            names = _names_below(tree, self.reached)
+            names = sorted(_names_below(tree, self.reached))
             known = f"nothing below {here} is called {_said(test)}"
         else:
             names = _children(tree, self.reached)

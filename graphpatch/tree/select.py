@@ -25,7 +25,7 @@ __all__ = [
 
 
 def select_paths(tree: Tree, compiled: Compiled) -> list[str]:
-    """The paths of what a selector matches, modules and parameters in tree order, each tied one once, by its first path."""
+    """The paths of what a selector matches, in tree order; what is tied once, by its first path."""
     (hits,) = match(tree, [compiled])
     found = [((node, -1), tree.paths[node]) for node in hits.nodes]
     for at, (node, name) in enumerate(hits.parameters):

@@ -7,10 +7,11 @@ only a tuple never seen before becomes a `Signature`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from operator import itemgetter
-from typing import Any, Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,7 +47,7 @@ def snapshot(model: nn.Module) -> Tree:
 
 @dataclass(eq=False, slots=True)
 class _Layout:
-    """What is known of all modules of one class whose `__dict__` has the same names, and the same types of attributes."""
+    """What is known of all modules of one shape whose public attributes have the same types."""
 
     scalars: Callable[[dict[str, Any]], tuple[Any, ...]] | None
     """Takes the scalar attributes out of a `__dict__`; None where all public attributes are scalars."""
@@ -272,7 +273,7 @@ class _Walk:
         further: tuple[Any, ...],
         record: Any,
     ) -> int:
-        """The number of the signature with this content; the same content behind other private names is one signature."""
+        """The number of the signature with this content, also where it stands behind other private names."""
         attributes: dict[str, Attribute] = {}
         for name in layout.facts:
             if record is None or name not in record.added:
@@ -397,9 +398,7 @@ def _odd_tensor(tensor: Any) -> tuple[Any, Any, bool]:
         return (), "uninitialized", bool(getattr(tensor, "requires_grad", True))
 
 
-def _tensors(
-    facts: tuple[Any, ...], attributes: dict[str, Attribute]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _tensors(facts: tuple[Any, ...], attributes: dict[str, Attribute]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Parameters and buffers out of the flat facts of the walk; a parameter that is None becomes an attribute."""
     parameters: dict[str, Tensor] = {}
     buffers: dict[str, Tensor] = {}

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from typing import Iterable, NamedTuple, Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from ..lang.diagnostics import Span
 from .bindings import OPEN, Aligner, Placed, Shapes

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Iterable, NamedTuple, NoReturn, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 from ..lang.diagnostics import Diagnostic, Error, Place, Source, Span
 from .compile import compile_selector
@@ -33,7 +34,7 @@ _decode = json.JSONDecoder().raw_decode
 
 
 def parse(text: str, name: str) -> Tree:
-    """Raises `Error`: GP431 no tree at all, GP432 another version, GP433 a wrong line, GP434 too large, GP435 cut off."""
+    """Raises `Error`: GP431 no tree, GP432 another version, GP433 a wrong line, GP434 too large, GP435 cut off."""
     return _Reader(Source(name, text.replace("\r\n", "\n"))).tree()
 
 
@@ -84,8 +85,15 @@ class _Reader:
         first = self.lines[0].strip()
         if first != FIRST_LINE:
             if re.fullmatch(r"graphpatch tree \S+", first):
-                self.fail("GP432", "this .tree file has another format version", 1, f"this graphpatch reads `{FIRST_LINE}`")
-            self.fail("GP431", "this is not a .tree file", 1, f"one starts with `{FIRST_LINE}`; `graphpatch tree --model M` writes one")
+                self.fail(
+                    "GP432", "this .tree file has another format version", 1, f"this graphpatch reads `{FIRST_LINE}`"
+                )
+            self.fail(
+                "GP431",
+                "this is not a .tree file",
+                1,
+                f"one starts with `{FIRST_LINE}`; `graphpatch tree --model M` writes one",
+            )
         marks, count = self._sections()
         if not self.templates:
             self.fail("GP433", "this tree has no modules", 1)
@@ -214,7 +222,8 @@ class _Reader:
         return _Template(number, 0, None, facts=known.facts, references=known.references, length=known.length)
 
     def _parse_head(self, text: str, start: int, number: int) -> _Template:
-        at, mro = 0, ()
+        at = 0
+        mro: tuple[str, ...] = ()
         found = _CLASS.match(text)
         if found:
             name = self._word(found[1], number)
@@ -313,7 +322,7 @@ class _Reader:
         names, parents, indices, lengths, signature_of = (
             tree.names, tree.parents, tree.indices, tree.lengths, tree.signature_of,
         )  # fmt: skip
-        stack = [("", -1, root, -1, 0, ())]
+        stack: list[tuple[str, int, _Template, int, int, tuple[int, ...]]] = [("", -1, root, -1, 0, ())]
         edges: list[tuple[int, str, str, int]] = []
         ties: list[tuple[int, str, str, int]] = []
         pop = stack.pop

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, Iterable, NamedTuple, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 from .compress import compress, spans_text
 from .tree import Mark, Signature, Tensor, Tree, index_of
@@ -12,7 +13,7 @@ from .tree import Mark, Signature, Tensor, Tree, index_of
 FIRST_LINE = "graphpatch tree 1"
 WORD = re.compile(r"[A-Za-z_]\w*|[0-9]+")
 LEVELS, OFFSETS = (0, 1), (0, 1)
-"""An attribute may be the index of the nearest numbered module above, or of the next (LEVELS), or one more (OFFSETS)."""
+"""An attribute may be the index of the nearest numbered module above, or of the next one, or one more than that."""
 
 
 def render(tree: Tree) -> str:
@@ -198,7 +199,9 @@ class _Modules:
             common += 1
         start = above[common - 1]
         inside = self.numbered[start] >= 0
-        tail = [tree.names[n] for n in below[common if inside else 1 :]] + ([parameter] if parameter is not None else [])
+        tail = [tree.names[n] for n in below[common if inside else 1 :]] + (
+            [parameter] if parameter is not None else []
+        )
         lead = "." * (len(above) - common + 1) if inside else "^"
         return lead + ".".join(map(word, tail))
 
@@ -233,8 +236,8 @@ def _references(tree: Tree, numbered: Sequence[int]) -> dict[tuple[tuple[str, ..
         [((s.mro, n), v) for n, v in s.attributes.items() if type(v) is int and (s.mro, n) in varying]
         for s in tree.signatures
     ]
-    for node, signature in enumerate(tree.signature_of):
-        for key, value in asked[signature]:
+    for node, number in enumerate(tree.signature_of):
+        for key, value in asked[number]:
             if candidates[key]:
                 indices = enclosing(tree.indices, tree.parents, numbered, node)
                 candidates[key] = [
@@ -245,7 +248,7 @@ def _references(tree: Tree, numbered: Sequence[int]) -> dict[tuple[tuple[str, ..
 
 def enclosing(indices: Sequence[int], parents: Sequence[int], numbered: Sequence[int], node: int) -> list[int]:
     """The indices of the numbered modules at and above a node, nearest first, as many as a reference may ask for."""
-    found = []
+    found: list[int] = []
     at = numbered[node]
     while at >= 0 and len(found) < len(LEVELS):
         found.append(indices[at])

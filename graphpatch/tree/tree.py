@@ -6,11 +6,12 @@ A model of 60,000 modules has about eight signatures, so whatever depends on a m
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from math import prod
-from typing import TYPE_CHECKING, Any, Iterable, Mapping, NamedTuple, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 if TYPE_CHECKING:
     import torch
@@ -200,7 +201,7 @@ class Tree:
 
     @cached_property
     def places(self) -> dict[int, list[tuple[int, str]]]:
-        """The further places (parent, name) of each tied module: its edges, less those that lead back to an ancestor."""
+        """The further places (parent, name) of each tied module: its edges, less those back to an ancestor."""
         places: dict[int, list[tuple[int, str]]] = {}
         for node, parent, name in self.edges:
             if not node <= parent < self.ends[node]:
@@ -289,7 +290,7 @@ class Tree:
     # ── segments ──
     @cached_property
     def kinds(self) -> tuple[list[int], list[tuple[Segment, int]]]:
-        """What tells a node from its siblings for any selector, interned: (kind of each node, (segment, signature) of each kind)."""
+        """What a selector may ask of a node, interned: the kind of each node, and (segment, signature) of each kind."""
         interned: dict[tuple[str, int, int], int] = {}
         add = interned.setdefault
         # A name fixes its index, so the length is all that a segment needs besides.
@@ -314,7 +315,7 @@ class Tree:
     # ── sums ──
     @cached_property
     def fingerprint(self) -> str:
-        """A hash over paths, edges, ties, classes, attributes, shapes and dtypes; not over `trainable`, marks, notes."""
+        """A hash over paths, edges, ties, classes, attributes, shapes, dtypes; not over `trainable`, marks, notes."""
         digest = sha256(b"graphpatch tree 1\n")
         facts: dict[str, int] = {}
         # Signatures that differ only in what does not count get one number, given in order of first appearance.

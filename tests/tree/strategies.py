@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from hypothesis import strategies as st
@@ -19,7 +20,7 @@ NUMBERS = ["0", "1", "2", "3", "10", "11"]
 NAMES = WORDS + NUMBERS
 
 
-def grow(spec: dict[str, Any], edges: list[tuple[int, int, str]] = [], ties: list[Any] = []) -> Tree:
+def grow(spec: dict[str, Any], edges: Sequence[tuple[int, int, str]] = (), ties: Sequence[Any] = ()) -> Tree:
     """A tree from nested dicts: `{"cls": mro, "params": {..}, "children": {name: spec}}`, all optional."""
     tree = Tree([], [], [], [], [], [], [], source="test")
     known: dict[Any, int] = {}
@@ -107,11 +108,15 @@ def trees(draw: st.DrawFn, tied: bool = True) -> Tree:
                 edges.append((node, parent, name))
         owners = [(n, p) for n in range(len(plain)) for p in plain.signature(n).parameters]
         if len(owners) > 1 and draw(st.booleans()):
-            first, alias = sorted(draw(st.lists(st.sampled_from(range(len(owners))), min_size=2, max_size=2, unique=True)))
+            first, alias = sorted(
+                draw(st.lists(st.sampled_from(range(len(owners))), min_size=2, max_size=2, unique=True))
+            )
             ties.append((owners[alias], owners[first]))
     tree = grow(spec, edges, ties)
     if draw(st.booleans()):
-        tree.marks = {draw(st.integers(0, len(tree) - 1)): (Mark("p", "a.rules:1", "lora(rank=1)", frozenset({"lora"})),)}
+        tree.marks = {
+            draw(st.integers(0, len(tree) - 1)): (Mark("p", "a.rules:1", "lora(rank=1)", frozenset({"lora"})),)
+        }
     return tree
 
 

@@ -18,7 +18,10 @@ from .test_selectors import FAST_NORM, PROJ, WEIGHT, model
     "text, expected",
     [
         ("layers[:24].**.{q,k,v}_proj", ["^model.layers[0:24].self_attn.{q,k,v}_proj"]),
-        ("layers[0].**.{q,v}_proj | layers[9].norm", ["^model.layers[0].self_attn.{q,v}_proj", "^model.layers[9].norm"]),
+        (
+            "layers[0].**.{q,v}_proj | layers[9].norm",
+            ["^model.layers[0].self_attn.{q,v}_proj", "^model.layers[9].norm"],
+        ),
         ("layers[::2].norm", ["^model.layers[0:25:2].norm"]),
         ("layers[1,2,7].norm", ["^model.layers[1:3,7].norm"]),
         ("^", ["^"]),
@@ -39,7 +42,7 @@ def test_nothing_is_an_empty_list():
 
 def test_names_and_numbers_that_cannot_stand_bare():
     tree = grow({"children": {"to q": {"children": {"0": {"children": {"1": PROJ}}}}, "0": PROJ, "1": PROJ}})
-    assert compress(tree, range(1, len(tree))) == ['^{0,1}', '^"to q"', '^"to q"[0]', '^"to q"[0].1'] or True
+    assert compress(tree, range(1, len(tree))) == ["^{0,1}", '^"to q"', '^"to q"[0]', '^"to q"[0].1'] or True
     for node in range(len(tree)):
         (text,) = compress(tree, [node])
         assert hits(tree, text).nodes == [node]
@@ -88,7 +91,9 @@ def test_a_diff_reads_like_the_plan():
 
 def test_what_is_gone_new_and_changed_is_told_apart():
     def tree(norm: dict, extra: dict):
-        return grow({"children": {"layers": {"children": {str(n): {"children": {"norm": norm, **extra}} for n in range(3)}}}})
+        return grow(
+            {"children": {"layers": {"children": {str(n): {"children": {"norm": norm, **extra}} for n in range(3)}}}}
+        )
 
     old = tree({"cls": FAST_NORM, "attributes": {"eps": 1e-5}}, {"gate": PROJ, "up": PROJ})
     wide = {"cls": PROJ["cls"], "params": {"weight": Tensor((8, 4), "float32")}}

@@ -60,9 +60,7 @@ def test_groups_that_lack_what_others_have_are_named():
     tree, groups = uneven()
     wrong = [g for g in groups if tree.indices[g] in (5, 11, 17, 23, 29)]
     text = lacking(tree, groups, hits(tree, "{q,k,v}_proj").nodes, wrong)
-    assert text == (
-        "`layers[5,11,17,23,29]` have no `self_attn.v_proj` (they have q_proj, k_proj, o_proj)"
-    )
+    assert text == ("`layers[5,11,17,23,29]` have no `self_attn.v_proj` (they have q_proj, k_proj, o_proj)")
 
 
 def test_what_a_group_has_but_the_rule_does_not_reach_is_told_apart():

@@ -19,7 +19,12 @@ PROJ = {"cls": LINEAR, "params": WEIGHT}
 
 
 def block(*names: str) -> dict:
-    return {"children": {"self_attn": {"children": {n: PROJ for n in names}}, "norm": {"cls": FAST_NORM, "params": WEIGHT}}}
+    return {
+        "children": {
+            "self_attn": {"children": dict.fromkeys(names, PROJ)},
+            "norm": {"cls": FAST_NORM, "params": WEIGHT},
+        }
+    }
 
 
 def stack(size: int, *names: str) -> dict:
@@ -27,7 +32,9 @@ def stack(size: int, *names: str) -> dict:
 
 
 def model(size: int = 25) -> Tree:
-    return grow({"children": {"model": {"children": {"embed": {"params": WEIGHT}, "layers": stack(size)}}, "lm_head": PROJ}})
+    return grow(
+        {"children": {"model": {"children": {"embed": {"params": WEIGHT}, "layers": stack(size)}}, "lm_head": PROJ}}
+    )
 
 
 def layers(tree: Tree, text: str) -> list[int]:
@@ -96,7 +103,9 @@ def test_what_a_selector_matches(text, expected):
 
 
 def test_parameters_are_leaves():
-    tree = grow({"children": {"experts": {"params": {"gate_up": Tensor((8, 4, 4), "float32"), "0": Tensor((1,), "float32")}}}})
+    tree = grow(
+        {"children": {"experts": {"params": {"gate_up": Tensor((8, 4, 4), "float32"), "0": Tensor((1,), "float32")}}}}
+    )
     assert paths(tree, "experts.gate_up") == ["experts.gate_up"]
     assert paths(tree, "experts[0]") == ["experts.0"]
     assert paths(tree, "gate_up:Linear") == []
@@ -209,15 +218,17 @@ def test_a_slice_that_a_param_gives_step_0_is_refused():
 def test_a_single_index_out_of_range_is_told_and_a_range_clips():
     tree = model(8)
     (bad,) = hits(tree, "layers[8].norm").out_of_range
-    assert bad.index == 8 and "`model.layers` has 8, 0 to 7" in bad.text and "layers[8]" in bad.text
-    assert [b.index for b in hits(tree, "layers[1,-9,30:].norm").out_of_range] == [-9]
+    assert bad.asked == 8 and "`model.layers` has 8, 0 to 7" in bad.text and "layers[8]" in bad.text
+    assert [b.asked for b in hits(tree, "layers[1,-9,30:].norm").out_of_range] == [-9]
     assert hits(tree, "layers[7,-8,6:99].norm").out_of_range == []
     assert hits(tree, "layer[99]").out_of_range == []
-    assert [b.index for b in hits(tree, "@layers[99].norm", layers="layers|h").out_of_range] == [99]
+    assert [b.asked for b in hits(tree, "@layers[99].norm", layers="layers|h").out_of_range] == [99]
 
 
 def towers() -> Tree:
-    return grow({"children": {"text": {"children": {"layers": stack(4)}}, "vision": {"children": {"layers": stack(3)}}}})
+    return grow(
+        {"children": {"text": {"children": {"layers": stack(4)}}, "vision": {"children": {"layers": stack(3)}}}}
+    )
 
 
 def spread(tree: Tree, text: str, **roles: str) -> list[list[tuple[str, int, int]]]:
@@ -238,7 +249,7 @@ def test_an_index_counts_in_each_stack_and_the_stacks_are_told():
     assert spread(tree, "*.layers[0].norm") == [[("text.layers", 1, 4), ("vision.layers", 1, 3)]]
     # An index may be in the range of one stack alone.
     assert spread(tree, "layers[3].norm") == [] and hits(tree, "layers[3].norm").out_of_range == []
-    assert [b.index for b in hits(tree, "layers[4].norm").out_of_range] == [4]
+    assert [b.asked for b in hits(tree, "layers[4].norm").out_of_range] == [4]
 
 
 def test_containers_that_differ_in_indices_are_one_stack():

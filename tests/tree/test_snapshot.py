@@ -127,7 +127,11 @@ def wrapper(name: str, child: str, inner: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize(
     "name, child",
-    [("DistributedDataParallel", "module"), ("DataParallel", "module"), ("FullyShardedDataParallel", "_fsdp_wrapped_module")],
+    [
+        ("DistributedDataParallel", "module"),
+        ("DataParallel", "module"),
+        ("FullyShardedDataParallel", "_fsdp_wrapped_module"),
+    ],
 )
 def test_wrappers_leave_no_segment(name, child):
     model = LM()

@@ -16,7 +16,7 @@ LINEAR, NORM = CLASSES[0], CLASSES[1]
 
 def layer(at: int, names=("q_proj", "k_proj")) -> dict:
     linear = {"cls": LINEAR, "params": {"weight": Tensor((4, 4), "float32")}}
-    return {"attributes": {"layer_idx": at, "heads": 8}, "children": {name: linear for name in names}}
+    return {"attributes": {"layer_idx": at, "heads": 8}, "children": dict.fromkeys(names, linear)}
 
 
 def llama(layers: int = 32) -> Tree:

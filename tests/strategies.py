@@ -70,21 +70,30 @@ _span_lists = st.lists(spans, min_size=1, max_size=3).map(tuple)
 indices = st.builds(s.Index, capture=st.none() | names, spans=_span_lists)
 
 _plain = st.sampled_from("q_proj layers mlp 0 12 with patch none true up_proj ö in a?".split()) | names
-_braces = st.lists(_plain | st.sampled_from(["*_x", "q*"]), min_size=1, max_size=3).map(lambda ws: "{" + ",".join(ws) + "}")
+_braces = st.lists(_plain | st.sampled_from(["*_x", "q*"]), min_size=1, max_size=3).map(
+    lambda ws: "{" + ",".join(ws) + "}"
+)
 _globs = (
     _plain
     | st.sampled_from(["*", "**", "*_proj", "q?", "a*b"])
     | st.builds("{}{}{}".format, st.just("") | _plain, _braces, st.just("") | _plain)
 )
-_odd_names = texts.filter(lambda t: t != "" and "." not in t and "*" not in t) | st.sampled_from(["to q", "down-0", "none"])
+_odd_names = texts.filter(lambda t: t != "" and "." not in t and "*" not in t) | st.sampled_from(
+    ["to q", "down-0", "none"]
+)
 steps = (
     st.builds(s.Step, kind=st.just("glob"), name=_globs, index=st.none() | indices)
     | st.builds(s.Step, kind=st.just("quoted"), name=_odd_names, index=st.none() | indices)
     | st.builds(s.Step, kind=st.just("role"), name=names | st.just("new"), index=st.none() | indices)
 )
-classes = st.sampled_from(["Linear", "*RMSNorm", "=Linear", "{Linear,Conv1D}", "={A,B}", "torch.nn.Linear", "*Norm?d", "with"])
+classes = st.sampled_from(
+    ["Linear", "*RMSNorm", "=Linear", "{Linear,Conv1D}", "={A,B}", "torch.nn.Linear", "*Norm?d", "with"]
+)
 paths = st.builds(
-    s.PathSelector, anchored=st.booleans(), steps=st.lists(steps, min_size=1, max_size=4).map(tuple), cls=st.none() | classes
+    s.PathSelector,
+    anchored=st.booleans(),
+    steps=st.lists(steps, min_size=1, max_size=4).map(tuple),
+    cls=st.none() | classes,
 )
 roots = st.builds(s.PathSelector, anchored=st.just(True), cls=st.none() | classes)
 by_class = st.builds(s.PathSelector, cls=classes)

@@ -55,7 +55,9 @@ def test_json(file: s.RuleFile) -> None:
 @pytest.mark.parametrize(("job", "text"), list(zip(JOBS[::2], JOBS[1::2])), ids=JOBS[::2])
 def test_every_job_parses_and_comes_back(job: str, text: str) -> None:
     file = parse_rules(text, job)
-    assert len(file.statements) == len(re.findall(r"^(?:use|param|alias|require|when|patch|freeze|train|map)\b", text, re.M))
+    assert len(file.statements) == len(
+        re.findall(r"^(?:use|param|alias|require|when|patch|freeze|train|map)\b", text, re.M)
+    )
     assert parse_rules(format_rules(file)) == file
     assert s.RuleFile.model_validate_json(file.model_dump_json()) == file
 

@@ -17,42 +17,6 @@ OPEN = "#"
 """Stands for any index in a shape; no module can be called so and be an index."""
 
 
-class Shapes:
-    """The shapes of nodes, as numbers: equal for paths that differ only in their indices."""
-
-    def __init__(self, tree: Tree):
-        self._tree = tree
-        self._of: dict[int, int] = {0: 0}
-        self._numbers: dict[tuple[int, str, bool], int] = {}
-        self.segments: list[tuple[str, ...]] = [()]
-        """Of each shape: its segments, `#` for an index."""
-
-    def of(self, node: int) -> int:
-        of, tree = self._of, self._tree
-        found = of.get(node)
-        if found is not None:
-            return found
-        parent = tree.parents[node]
-        if parent not in of:
-            chain = []
-            while parent not in of:
-                chain.append(parent)
-                parent = tree.parents[parent]
-            for above in reversed(chain):
-                self._add(above)
-        return self._add(node)
-
-    def _add(self, node: int) -> int:
-        tree = self._tree
-        index = tree.indices[node] >= 0
-        key = (self._of[tree.parents[node]], OPEN if index else tree.names[node], index)
-        number = self._numbers.setdefault(key, len(self.segments))
-        if number == len(self.segments):
-            self.segments.append((*self.segments[key[0]], key[1]))
-        self._of[node] = number
-        return number
-
-
 class Placed(NamedTuple):
     """A hit along a pattern."""
 
@@ -66,17 +30,48 @@ class Placed(NamedTuple):
 class Aligner:
     """Lays the hits of one selector along its patterns."""
 
-    def __init__(self, tree: Tree, compiled: Compiled, patterns: Sequence[Owned] | None = None):
+    def __init__(self, tree: Tree, compiled: Compiled):
         self._tree = tree
-        self._patterns = list(compiled.patterns if patterns is None else patterns)
-        self._shapes = Shapes(tree)
+        self._patterns = compiled.patterns
+        self._tied = bool(tree.places or tree.ties)
         self._known: dict[tuple[int, int, str], list[tuple[Owned, tuple[int, ...] | None]]] = {}
+        self._captures: dict[tuple[int, int, str], list[tuple[str, int]] | None] = {}
 
     def bindings(self, hit: int | Parameter) -> dict[str, int]:
+        """What the captures are bound to, by name."""
+        node, name = hit if isinstance(hit, tuple) else (hit, "")
+        key = (self._tree.shapes[node], self._tree.signature_of[node], name)
+        if key not in self._captures:
+            self._captures[key] = self._only_way(hit)
+        only = self._captures[key]
+        if only is not None:
+            parents, indices = self._tree.parents, self._tree.indices
+            bound = {}
+            for capture, up in only:
+                at = node
+                for _ in range(up):
+                    at = parents[at]
+                bound[capture] = indices[at]
+            return bound
         placed = self.place(hit)
         if placed is None:
             return {}
-        return {name: placed.segments[placed.taken[test]][1] for test, name in placed.owned.captures}
+        return {capture: placed.segments[placed.taken[test]][1] for test, capture in placed.owned.captures}
+
+    def _only_way(self, hit: int | Parameter) -> list[tuple[str, int]] | None:
+        """(capture, how many modules up it is bound) where all hits of this shape can match in one way alone."""
+        node, name = hit if isinstance(hit, tuple) else (hit, None)
+        segments = first_segments(self._tree, node)
+        depth = len(segments)
+        if name is not None:
+            segments.append(self._parameter_segment(node, name))
+        candidates = self._candidates(node, name, segments)
+        if self._tied or len(candidates) != 1:
+            return None
+        owned, taken = candidates[0]
+        if taken is None or any(taken[test] >= depth for test, _ in owned.captures):
+            return None
+        return [(capture, depth - 1 - taken[test]) for test, capture in owned.captures]
 
     def place(self, hit: int | Parameter) -> Placed | None:
         """How the hit matches: by its first path that does, by the first pattern that does, the outermost way."""
@@ -91,13 +86,13 @@ class Aligner:
                     return Placed(owned, segments, taken)
             elif all(owned.pattern.tests[t].accepts(*segments[at]) for t, at in enumerate(taken)):
                 return Placed(owned, segments, taken)
-        return self._place_elsewhere(node, name) if self._tree.places or self._tree.ties else None
+        return self._place_elsewhere(node, name) if self._tied else None
 
     def _candidates(
         self, node: int, name: str | None, segments: Sequence[Segment]
     ) -> list[tuple[Owned, tuple[int, ...] | None]]:
         """The patterns that may accept a path of this shape, each with the one way it can, or None for several."""
-        key = (self._shapes.of(node), self._tree.signature_of[node], name or "")
+        key = (self._tree.shapes[node], self._tree.signature_of[node], name or "")
         found = self._known.get(key)
         if found is None:
             found = self._known[key] = []

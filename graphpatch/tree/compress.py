@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
-from typing import NamedTuple
 
 from ..lang.words import quote
 from .tree import Parameter, Tree, index_of
@@ -28,17 +27,12 @@ def compress(tree: Tree, nodes: Iterable[int], parameters: Iterable[Parameter] =
     return _Selection(tree, nodes, parameters).texts()
 
 
-class _Child(NamedTuple):
-    """A child, or a parameter where `shape` is `_LEAF_PARAMETER`, and what is selected below it."""
-
-    name: str
-    number: int
-    shape: int
+_Child = tuple[str, int, int]
+"""A child or a parameter: its name, the integer it is (else -1), and the shape of what is selected below it."""
 
 
-class _Shape(NamedTuple):
-    selected: bool
-    children: tuple[_Child, ...]
+_Shape = tuple[bool, tuple[_Child, ...]]
+"""Whether the node itself is selected, and the children at or below which something is."""
 
 
 class _Selection:
@@ -51,9 +45,9 @@ class _Selection:
         self._interned: dict[_Shape, int] = {}
         self._shapes: list[_Shape] = []
         self._endings: dict[tuple[int, bool], list[str]] = {}
-        self._leaf = self._intern(_Shape(True, ()))
+        self._leaf = self._intern((True, ()))
         self._regexes: list[str] = []
-        odd = {name for name in tree.names[1:] if _unwritable(name)}
+        odd = {name for name in set(tree.names[1:]) if _unwritable(name)}
         odd.update(name for names in self._parameters.values() for name in names if _unwritable(name))
         if odd:
             self._set_apart(odd)
@@ -81,40 +75,52 @@ class _Selection:
 
     # ── shapes, from the leaves up ──
     def _root(self) -> int | None:
-        tree = self._tree
-        touched: dict[int, list[_Child]] = {}
-        waiting = sorted(self._selected | self._parameters.keys())
-        for node in waiting:
-            while node not in touched:
-                touched[node] = []
-                if node == 0:
-                    break
-                node = tree.parents[node]
+        """The shape of the root; None where nothing is left to say."""
+        tree, selected, parameters, leaf = self._tree, self._selected, self._parameters, self._leaf
+        parents, names, indices = tree.parents, tree.names, tree.indices
+        touched = selected | parameters.keys()
+        for node in list(touched):
+            above = parents[node]
+            while above >= 0 and above not in touched:
+                touched.add(above)
+                above = parents[above]
+        # A module and a parameter of one name (checkpoints of quantised models): only a regex tells them apart.
+        ambiguous = {name for s in tree.signatures for name in s.parameters} & set(names)
+        below: dict[int, list[_Child]] = {}
         shape = None
         for node in sorted(touched, reverse=True):
-            children = touched[node]
-            children.reverse()
-            selected = node in self._selected
-            for name in self._parameters.get(node, ()):
-                if self._is_module(node, name):
-                    self._regexes.append(_regex(tree, node, name) + ":Parameter")
-                else:
-                    children.append(_Child(name, index_of(name), self._leaf))
-            if selected and node and self._tree.names[node] in tree.signature(tree.parents[node]).parameters:
-                # A module and a parameter of one name (checkpoints of quantised models): only a regex tells them apart.
+            children = below.pop(node, None)
+            itself = node in selected
+            if itself and node and names[node] in ambiguous and names[node] in tree.signature(parents[node]).parameters:
                 self._regexes.append(_regex(tree, node))
-                selected = False
-            if not selected and not children:
+                itself = False
+            if children is not None or node in parameters:
+                children = (children or [])[::-1] + self._leaves(node)
+            if children:
+                shape = self._intern((itself, tuple(children)))
+            elif itself:
+                shape = leaf
+            else:
                 shape = None
                 continue
-            shape = self._leaf if selected and not children else self._intern(_Shape(selected, tuple(children)))
             if node:
-                touched[tree.parents[node]].append(_Child(tree.names[node], tree.indices[node], shape))
+                child = (names[node], indices[node], shape)
+                beside = below.get(parents[node])
+                if beside is None:
+                    below[parents[node]] = [child]
+                else:
+                    beside.append(child)
         return shape
 
-    def _is_module(self, node: int, name: str) -> bool:
-        found = self._tree._children[node].get(name)
-        return found is not None
+    def _leaves(self, node: int) -> list[_Child]:
+        """The parameters that are selected here."""
+        leaves = []
+        for name in self._parameters.get(node, ()):
+            if name in self._tree._children[node]:
+                self._regexes.append(_regex(self._tree, node, name) + ":Parameter")
+            else:
+                leaves.append((name, index_of(name), self._leaf))
+        return leaves
 
     def _intern(self, shape: _Shape) -> int:
         number = self._interned.setdefault(shape, len(self._shapes))
@@ -131,16 +137,17 @@ class _Selection:
         return self._endings[shape, bare]
 
     def _make(self, shape: _Shape, bare: bool) -> list[str]:
-        endings = [""] if shape.selected else []
+        selected, below_here = shape
+        endings = [""] if selected else []
         groups: dict[tuple[int, bool], list[_Child]] = {}
-        for child in shape.children:
-            groups.setdefault((child.shape, child.number >= 0 and not bare), []).append(child)
+        for child in below_here:
+            groups.setdefault((child[2], child[1] >= 0 and not bare), []).append(child)
         for (below, bracket), children in groups.items():
             if bracket:
-                spans = spans_text(sorted(child.number for child in children))
+                spans = spans_text(sorted([index for _, index, _ in children]))
                 endings += [f"[{spans}]{rest}" for rest in self._say(below, bare=True)]
             else:
-                for step in steps_text([child.name for child in children]):
+                for step in steps_text([name for name, _, _ in children]):
                     endings += [f".{step}{rest}" for rest in self._say(below, bare=False)]
         return endings
 

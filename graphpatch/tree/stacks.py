@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from ..lang.diagnostics import Span
-from .bindings import OPEN, Aligner, Placed, Shapes
+from .bindings import OPEN, Aligner, Placed
 from .compile import Compiled
 from .tree import Parameter, Tree
 
@@ -41,20 +41,23 @@ def stacks(tree: Tree, compiled: Compiled, hits: Iterable[int | Parameter]) -> l
     """
     if not compiled.brackets:
         return []
-    aligner, shapes = Aligner(tree, compiled), Shapes(tree)
+    aligner, shapes = Aligner(tree, compiled), tree.shapes
     by_shape: dict[tuple[int, str], list[int | Parameter]] = {}
     for hit in hits:
-        node, name = hit if isinstance(hit, tuple) else (hit, "")
-        by_shape.setdefault((shapes.of(node), name), []).append(hit)
+        key = (shapes[hit[0]], hit[1]) if isinstance(hit, tuple) else (shapes[hit], "")
+        alike = by_shape.get(key)
+        if alike is None:
+            alike = by_shape[key] = []
+        alike.append(hit)
     found: dict[tuple[int, int, tuple[str, ...]], dict[tuple[str, ...], list[int | Parameter]]] = {}
     for alike in by_shape.values():
         placed = aligner.place(alike[0])
         if placed is None:
             continue
         for test, step in placed.owned.steps:
-            key = (placed.owned.branch, step, _named(placed, test))
+            bracket = (placed.owned.branch, step, _named(placed, test))
             container = _shape(placed, placed.taken[test])
-            found.setdefault(key, {}).setdefault(container, []).extend(alike)
+            found.setdefault(bracket, {}).setdefault(container, []).extend(alike)
     spreads = []
     for (branch, step, _), containers in found.items():
         if len(containers) > 1:

@@ -297,6 +297,21 @@ class Tree:
         kinds = [add(key, len(interned)) for key in zip(self.names, self.lengths, self.signature_of)]
         return kinds, [((name, index_of(name), length), sig) for name, length, sig in interned]
 
+    @cached_property
+    def shapes(self) -> list[int]:
+        """A number for each node, equal for paths that differ in their indices alone."""
+        kinds, table = self.kinds
+        # Indices are open: all of them are one word.
+        words: dict[str | None, int] = {}
+        word = [words.setdefault(name if index < 0 else None, len(words)) for (name, index, _), _ in table]
+        interned: dict[int, int] = {}
+        add, size = interned.setdefault, len(words)
+        shapes = [0]
+        push = shapes.append
+        for parent, kind in zip(self.parents[1:], kinds[1:]):
+            push(add(shapes[parent] * size + word[kind], len(interned) + 1))
+        return shapes
+
     def edge_segment(self, parent: int, name: str) -> Segment:
         """The segment of a further place of a module."""
         index = index_of(name)

@@ -57,39 +57,45 @@ def grow(spec: dict[str, Any], edges: Sequence[tuple[int, int, str]] = (), ties:
     return tree
 
 
-def specs(names: list[str] = NAMES, classes: list[tuple[str, ...]] = CLASSES) -> st.SearchStrategy[dict[str, Any]]:
-    tensors = st.builds(
-        Tensor,
-        st.lists(st.integers(0, 9), max_size=3).map(tuple),
-        st.sampled_from(["float32", "bfloat16"]),
-        st.booleans(),
-    )
-    values = st.one_of(
-        st.none(), st.booleans(), st.integers(0, 3), st.floats(allow_nan=False), st.text(max_size=4),
-        st.lists(st.integers(0, 2), max_size=2).map(tuple),
-    )  # fmt: skip
+TENSORS = st.builds(
+    Tensor,
+    st.lists(st.integers(0, 9), max_size=2).map(tuple),
+    st.sampled_from(["float32", "bfloat16"]),
+    st.booleans(),
+)
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(0, 3),
+    st.floats(allow_nan=False),
+    st.text(max_size=4),
+    st.lists(st.integers(0, 2), max_size=2).map(tuple),
+)
 
-    def node(children: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
-        return st.fixed_dictionaries(
-            {
-                "cls": st.sampled_from(classes),
-                "params": st.dictionaries(st.sampled_from(["weight", "bias", "0", "1"]), tensors, max_size=2),
-                "children": children,
-            },
-            optional={
-                "attributes": st.dictionaries(st.sampled_from(["layer_idx", "n", "odd name"]), values, max_size=2),
-                "buffers": st.dictionaries(st.just("table"), tensors, max_size=1),
-                "notes": st.lists(st.sampled_from(["forward", "hf_hook"]), max_size=1),
-            },
-        )
 
-    def above(inner: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
-        some = st.dictionaries(st.sampled_from(names), inner, max_size=4)
-        # Stacks of equal blocks, as models have them.
-        stack = st.builds(lambda block, n: {str(i): block for i in range(n)}, inner, st.integers(1, 4))
-        return node(st.one_of(some, stack))
-
-    return st.recursive(node(st.just({})), above, max_leaves=12)
+@st.composite
+def specs(draw: st.DrawFn, depth: int = 3) -> dict[str, Any]:
+    """Nested dicts for `grow`."""
+    spec: dict[str, Any] = {
+        "cls": draw(st.sampled_from(CLASSES)),
+        "params": draw(st.dictionaries(st.sampled_from(["weight", "bias", "0", "1"]), TENSORS, max_size=2)),
+        "children": {},
+    }
+    for key, values in (
+        ("attributes", st.dictionaries(st.sampled_from(["layer_idx", "n", "odd name"]), VALUES, max_size=2)),
+        ("buffers", st.dictionaries(st.just("table"), TENSORS, max_size=1)),
+        ("notes", st.lists(st.sampled_from(["forward", "hf_hook"]), max_size=1)),
+    ):
+        if draw(st.integers(0, 3)) == 0:
+            spec[key] = draw(values)
+    if depth and draw(st.integers(0, 3)) == 0:
+        # A stack of equal blocks, as models have them.
+        block = draw(specs(depth - 1))
+        spec["children"] = {str(at): block for at in range(draw(st.integers(1, 4)))}
+    elif depth:
+        names = draw(st.lists(st.sampled_from(NAMES), max_size=3, unique=True))
+        spec["children"] = {name: draw(specs(depth - 1)) for name in names}
+    return spec
 
 
 @st.composite

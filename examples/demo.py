@@ -77,9 +77,9 @@ def main() -> None:
         model = nn.Sequential(embedder, nn.Linear(384, 2))
         parameters = [*patch.trainable_parameters(), *model[1].parameters()]
         train(model, parameters, train_batches, options.epochs, lr=1e-3, name=f"LoRA,  seed {seed}")
-        lora_scores.append(accuracy(model, test_batches))
-
         patched_vectors = embed(embedder, test_batches)
+        lora_scores.append(accuracy(model[1], patched_vectors))
+
         adapter = patch.adapter_state_dict()
         patch.revert()
 
@@ -100,7 +100,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sentences", type=int, default=3000, help="examples to train on; a third as many to test on")
+    parser.add_argument("--sentences", type=int, default=2400, help="examples to train on; a third as many to test on")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3, help="repeat the training with so many seeds")
     parser.add_argument("--out", default="adapter.safetensors", help="where to save the adapter")

@@ -324,7 +324,9 @@ def _child(spot: Spot) -> Diagnostic | None:
 
 def _dots(spot: Spot) -> Diagnostic | None:
     if spot.last is not None and spot.last.type == "ROOT" and spot.rest[:1].isalnum():
-        return spot.here("GP101", "`^` stands right before a name", len(spot.word) or 1, f"write ^{spot.word}, without a space")
+        return spot.here(
+            "GP101", "`^` stands right before a name", len(spot.word) or 1, f"write ^{spot.word}, without a space"
+        )
     if (
         spot.wants_selector
         and not spot.wants_value

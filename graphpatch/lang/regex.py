@@ -48,7 +48,17 @@ def problem(pattern: str) -> str | None:
         return f"it does not compile: {error.msg}" + (f" at character {error.pos + 1}" if error.pos is not None else "")
     except (OverflowError, RecursionError, ValueError):
         return "it does not compile: it is nested too deep, or a number in it is too large"
-    return _Check(tree.state.flags).sequence(list(tree))
+    return _Check(tree.state.flags | _local_flags(list(tree))).sequence(list(tree))
+
+
+def _local_flags(items: list[Any]) -> int:
+    """The flags that some part sets for itself, `(?i:...)`: taken as if they held everywhere."""
+    flags = 0
+    for op, arg in items:
+        flags |= arg[1] if op is sre.SUBPATTERN else 0
+        for body in _bodies(op, arg):
+            flags |= _local_flags(body)
+    return flags
 
 
 class _Check:
@@ -116,8 +126,8 @@ class _Check:
                     return "it has too many unbounded repeats that can match the same text"
             elif count and not self._nullable([(op, arg)]):
                 # What must stand between two repeats parts them for good only if they cannot match it themselves.
-                run, touching = run & self._chars([(op, arg)]), 0
-                if not run:
+                touching = 0
+                if not run & self._chars([(op, arg)]):
                     run, count = ALL, 0
         return None
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from ..lang.diagnostics import ApplyError, Diagnostic
+from ..tree.diff import diff
 from ..tree.snapshot import WRAPPERS
 from ..tree.tree import Tree
 
-_SHOWN = 6
+_SHOWN = 8
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -52,32 +53,14 @@ def _holds(tree: Tree) -> bool:
 
 
 def drifted(planned: Tree, now: Tree) -> ApplyError:
-    before, after = _facts(planned), _facts(now)
-    gone = [path for path, facts in before.items() if after.get(path) != facts]
-    come = [path for path, facts in after.items() if before.get(path) != facts]
-    lines = [
-        f"{sign} {path or '^'}   {facts[path]}"
-        for sign, paths, facts in (("-", gone, before), ("+", come, after))
-        for path in paths[:_SHOWN]
-    ]
-    if not lines:
-        lines = ["a module or parameter that stood in two places (tied) stands in one, or the other way round"]
-    differ = len(set(gone) | set(come))
+    found = diff(planned, now)
+    lines = str(found).splitlines()
     text = (
-        f"it was made against {planned.title}, and this is {now.title}; {differ} of {len(planned)} modules differ",
-        *lines,
-        *([f"... and {differ - _SHOWN} more"] if differ > _SHOWN else []),
+        f"it was made against {planned.title}, and this is {now.title}, which differs in {found.differing} of "
+        f"{found.size} modules",
+        *lines[:_SHOWN],
+        *([f"... and {len(lines) - _SHOWN} more lines"] if len(lines) > _SHOWN else []),
     )
     return ApplyError(
         Diagnostic("GP421", "this plan was made for another tree", text=text, fixes=("plan again against this model",))
     )
-
-
-def _facts(tree: Tree) -> dict[str, str]:
-    """What each path holds, in a line."""
-    texts: list[str] = []
-    for signature in tree.signatures:
-        shapes = ", ".join(f"{n} {list(t.shape)} {t.dtype}" for n, t in signature.parameters.items())
-        attributes = ", ".join(f"{n}={v!r}" for n, v in signature.attributes.items())
-        texts.append(f"{signature.cls}({attributes}) {shapes}".rstrip()[:200])
-    return {path: texts[kind] for path, kind in zip(tree.paths, tree.signature_of)}

@@ -33,7 +33,11 @@ def refreeze(plan: Plan, model: torch.nn.Module) -> NewTree | None:
     assert plan.tree.modules is not None, "a plan is bound to a model before it is applied"
     tree = Tree.of(model, as_patched=True)
     assert tree.modules is not None
-    old = {id(p) for module in plan.tree.modules for p in module._parameters.values()}
+    old = {
+        id(module._parameters[name])
+        for node, module in enumerate(plan.tree.modules)
+        for name in plan.tree.signature(node).parameters
+    }
     added: dict[int, dict[str, Tensor]] = {}
     for node, module in enumerate(tree.modules):
         for name, parameter in module._parameters.items():

@@ -38,11 +38,11 @@ _BUFFERS = object()
 """Stands between the parameters and the buffers of a module."""
 
 
-def snapshot(model: nn.Module) -> Tree:
+def snapshot(model: nn.Module, as_patched: bool = False) -> Tree:
     """The tree of a live model. Raises `Error` (GP430) for what is no module."""
     if not isinstance(model, nn.Module):
         raise Error(Diagnostic("GP430", f"a tree is taken of a torch.nn.Module, and this is {type(model).__name__}"))
-    return _Walk(model).tree
+    return _Walk(model, as_patched).tree
 
 
 @dataclass(eq=False, slots=True)
@@ -75,7 +75,8 @@ class _Shape:
 
 
 class _Walk:
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, as_patched: bool):
+        self._as_patched = as_patched
         self._shapes: dict[type, _Shape] = {}
         self._all_shapes: dict[tuple[type, tuple[str, ...]], _Shape] = {}
         self._interned: dict[Any, int] = {}
@@ -244,7 +245,7 @@ class _Walk:
                     self.tree.wrappers.append(type(module).__name__)
                 module = inside
                 continue
-            record = entries.get("_graphpatch")
+            record = None if self._as_patched else entries.get("_graphpatch")
             if record is None or getattr(record, "original", None) is None:
                 break
             marks += tuple(record.marks)

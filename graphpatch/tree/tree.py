@@ -142,11 +142,14 @@ class Tree:
 
     # ── construction ──
     @classmethod
-    def of(cls, model: torch.nn.Module) -> Tree:
-        """The tree of a live model (on any device, meta too). Raises `Error` (GP430) for what is no module."""
+    def of(cls, model: torch.nn.Module, *, as_patched: bool = False) -> Tree:
+        """The tree of a live model (on any device, meta too). Raises `Error` (GP430) for what is no module.
+
+        A patched model's tree is that of the original model; `as_patched` takes it as it stands, without marks.
+        """
         from .snapshot import snapshot
 
-        return snapshot(model)
+        return snapshot(model, as_patched)
 
     @classmethod
     def read(cls, path: str) -> Tree:

@@ -182,7 +182,7 @@ class Patch:
     def _in_the_way(self, node: int, why: str) -> ApplyError:
         return ApplyError(
             Diagnostic(
-                "GP511",
+                "GP521",
                 f"`{self._journal.path(node) or '^'}` cannot be changed back: {why}",
                 fixes=(
                     "take that away first, or revert before it is done",

@@ -27,6 +27,7 @@ def make_plan(rules: RuleSet, tree: Tree, adapter: str | None = None, allow_impo
 
     Raises `RuleError` or `PlanError` with everything found wrong, not only the first.
     """
+    _check_name(adapter)
     world = World(rules.program, tree)
     findings: list[Diagnostic] = []
     params = world.params()
@@ -64,6 +65,12 @@ def make_plan(rules: RuleSet, tree: Tree, adapter: str | None = None, allow_impo
         warnings=warnings,
         allow_import=tuple(allow_import),
     )
+
+
+def _check_name(adapter: str | None) -> None:
+    if adapter is not None and not (isinstance(adapter, str) and adapter.isidentifier()):
+        fix = "it ends the names of parameters: letters, digits and _"
+        raise PlanError(Diagnostic("GP423", f"{adapter!r} cannot name an adapter", fixes=(fix,)))
 
 
 def _refuse(findings: Sequence[Diagnostic]) -> None:

@@ -101,12 +101,12 @@ class Hits:
 def match(tree: Tree, selectors: Sequence[Compiled], added: Mapping[int, Iterable[str]] = {}) -> list[Hits]:
     """Match all selectors in one pass. `added` are names of further parameters at a node, as on the new tree.
 
-    Raises `Error` (GP414, through the selector's scope) where a class is asked for in a tree that has none.
+    Raises `Error` (GP422, through the selector's scope) where a class is asked for in a tree that has none.
     """
     for compiled in selectors:
         if compiled.needs_classes and not tree.has_classes:
             compiled.scope.fail(
-                "GP414",
+                "GP422",
                 "this tree has no classes, so `:CLASS` cannot be judged",
                 compiled.span,
                 "it was read from safetensors headers; give the model's config or a .tree file",

@@ -80,7 +80,7 @@ def test_a_forward_wrapped_after_patching_stands_in_the_way_of_revert():
     model[0].forward = functools.partial(model[0].forward)
     with pytest.raises(graphpatch.ApplyError, match="wrapped since") as caught:
         handle.revert()
-    assert caught.value.code == "GP511"
+    assert caught.value.code == "GP521"
     del model[0].forward
     handle.revert()
 

@@ -67,7 +67,7 @@ def test_a_class_is_an_error_where_there_are_none(tmp_path):
     for text in ("a:Linear", ":Linear", "/a/:Linear"):
         with pytest.raises(Error) as error:
             hits(tree, text)
-        assert error.value.code == "GP414"
+        assert error.value.code == "GP422"
     assert hits(tree, "a.w:Parameter").parameters == [(1, "w")]
 
 

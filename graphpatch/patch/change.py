@@ -61,14 +61,16 @@ class InPlaceChange:
     def do(self) -> None:
         # The loop that every target goes through: nothing is looked up twice, and what is the same as it was for the
         # module before is not worked out again.
-        empty, parameter, put_class, attribute = torch.empty, nn.Parameter, object.__setattr__, self.mixin.entries
+        empty, put_class, attribute = torch.empty, object.__setattr__, self.mixin.entries
+        # What nn.Parameter comes down to for a plain tensor, without its checks.
+        make, parameter = torch.Tensor._make_subclass, nn.Parameter
         factories = [(f.name, f.shape, f.dtype, f.trainable) for f in self.factories]
         states: dict[tuple[type, int, int], _State] = {}
         for module, device in zip(self.modules, self.devices):
             own = module.__dict__
             registered = own["_parameters"]
             for name, shape, dtype, trainable in factories:
-                made = parameter(empty(*shape, dtype=dtype, device=device), trainable)
+                made = make(parameter, empty(*shape, dtype=dtype, device=device), trainable)
                 if self.fast:
                     registered[name] = made
                 else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
 
 from torch import nn
 
@@ -35,8 +34,14 @@ def set_flags(tree: Tree, grads: Grads, flags: list[Flag], added: Mapping[int, C
             new = own[RECORD].added
         for name, parameter in held.items():
             state = of_added[node] if name in new else want
-            if state and parameter is not None and not (each and (node, name) in each):
-                _set(module, name, parameter, state == TRAIN, flags)
+            train = state == TRAIN
+            # `train **` passes over what cannot have a gradient, the integers of a quantised base.
+            if state and parameter is not None and (not train or _can_train(parameter)) and (node, name) not in each:
+                before = parameter.requires_grad
+                # Also where it is so already: when the patch that made it so is reverted, this one still wants it.
+                flags.append((module, name, before))
+                if before is not train:
+                    parameter.requires_grad = train
 
 
 def set_single_flags(tree: Tree, grads: Grads, flags: list[Flag]) -> None:
@@ -48,23 +53,20 @@ def set_single_flags(tree: Tree, grads: Grads, flags: list[Flag]) -> None:
     for (node, name), state in grads.each.items():
         module = tree.modules[node]
         parameter = module.__dict__["_parameters"].get(name)
-        if parameter is not None and state and not _set(module, name, parameter, state == TRAIN, flags):
+        if parameter is None or not state:
+            continue
+        train = state == TRAIN
+        if train and not _can_train(parameter):
             path = ".".join(p for p in (tree.paths[node], name) if p)
             holds = str(parameter.dtype).removeprefix("torch.")
             fix = "only floating-point parameters have gradients: leave it out"
             raise ApplyError(Diagnostic("GP517", f"`{path}` cannot be trained: it holds {holds}", fixes=(fix,)))
-
-
-def _set(module: nn.Module, name: str, parameter: Any, train: bool, flags: list[Flag]) -> bool:
-    """False where it cannot be: `train **` passes over the integers of a quantised base."""
-    before = parameter.requires_grad
-    if before is not train:
-        if train and not (parameter.is_floating_point() or parameter.is_complex()):
-            return False
+        flags.append((module, name, parameter.requires_grad))
         parameter.requires_grad = train
-    # Also where it was so already: if the earlier patch that made it so is reverted, this one still wants it.
-    flags.append((module, name, before))
-    return True
+
+
+def _can_train(parameter: nn.Parameter) -> bool:
+    return parameter.is_floating_point() or parameter.is_complex()
 
 
 def restore_flags(journal: Journal, later: Iterable[Journal]) -> None:

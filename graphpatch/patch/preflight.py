@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,17 +32,15 @@ class Preflight:
         assert tree.modules is not None
         self.plan_id, self.tree, self.grads, self.allowed = plan_id, tree, grads, allowed
         self.modules: list[nn.Module] = tree.modules
-        self._claimed: dict[int, list[Step]] = defaultdict(list)
         self._device: torch.device | None = None
 
     def changes(self, steps: Sequence[Step]) -> list[Change]:
         """Raises `ApplyError` where a step cannot be carried out."""
-        twice = _in_several(steps, len(self.tree))
+        self._refuse_taken(steps)
         changes: list[Change] = []
         for step in steps:
             if step.parameter is not None:
                 raise _error("GP515", f"`{step.op.op}` has no way to act on a parameter", step)
-            self._refuse_taken(step, twice)
             rewrite = load_rewrite(step.rewrite, step.rule)
             mark = Mark(self.plan_id, step.rule, step.op.text(), step.op.slots(), step.op.exclusive)
             if issubclass(rewrite, InPlace):
@@ -80,8 +79,8 @@ class Preflight:
             if "forward" in own or "_hf_hook" in own:
                 refuse_bypassed(module, self._path(step, at), step.rule)
                 refuse_offloaded(module, self._path(step, at), step.rule)
-            if not (names.isdisjoint(held) and names.isdisjoint(own)) or (
-                (buffers or children) and not (names.isdisjoint(buffers) and names.isdisjoint(children))
+            if not (own.keys().isdisjoint(names) and held.keys().isdisjoint(names)) or (
+                (buffers or children) and not names.isdisjoint([*buffers, *children])
             ):
                 raise self._taken(step, at, min(names & {*held, *own, *buffers, *children}))
         fast = all(_registers_plainly(cls) for cls in kinds)
@@ -111,14 +110,18 @@ class Preflight:
         born = tuple(t.trainable for t in step.adds.values())
         if self.grads is None or not born:
             return {born: range(len(step.nodes))}
-        state, groups = self.grads.added, defaultdict(list)
+        state = self.grads.added
         flags = {LEAVE: born, FREEZE: (False,) * len(born), TRAIN: (True,) * len(born)}
+        said = set(map(state.__getitem__, step.nodes))
+        if len(said) == 1:
+            return {flags[said.pop()]: range(len(step.nodes))}
+        groups: dict[tuple[bool, ...], list[int]] = defaultdict(list)
         for i, node in enumerate(step.nodes):
             groups[flags[state[node]]].append(i)
         return dict(groups)
 
     def _check_class(self, module: nn.Module, step: Step, at: int, signature: Signature) -> None:
-        refuse_class(module, self._path(step, at), step.rule)
+        refuse_class(module, partial(self._path, step, at), step.rule)
         cls = type(module)
         for name in step.adds:
             if hasattr(cls, name):
@@ -191,21 +194,23 @@ class Preflight:
         return [[(self.modules[parent], name) for parent, name in places[node]] for node in nodes]
 
     # ── what stands in the way ──
-    def _refuse_taken(self, step: Step, twice: bytearray) -> None:
+    def _refuse_taken(self, steps: Sequence[Step]) -> None:
         """Raise where a target carries, or will, an op that takes the same slot, or that suffers no other (GP504)."""
-        slots, modules = step.op.slots(), self.modules
-        for at, node in enumerate(step.nodes):
-            if twice[node]:
-                for other in self._claimed[node]:
+        claimed: dict[int, list[Step]] = defaultdict(list)
+        several = len(set().union(*(step.nodes for step in steps))) < sum(len(step.nodes) for step in steps)
+        for step in steps:
+            slots = step.op.slots()
+            for at, node in enumerate(step.nodes) if several else ():
+                for other in claimed[node]:
                     shared = other.op.slots() & slots or other.adds.keys() & step.adds.keys()
                     if shared or other.op.exclusive or step.op.exclusive:
                         raise self._collides(step, at, other.op.text(), other.rule)
-                self._claimed[node].append(step)
-            if RECORD not in modules[node].__dict__ and node not in self.tree.marks:
-                continue
-            for mark in record_of(modules[node]).marks or self.tree.marks.get(node, ()):
-                if mark.exclusive or step.op.exclusive or mark.slots & slots:
-                    raise self._collides(step, at, mark.op, mark.rule)
+                claimed[node].append(step)
+            modules = self.modules
+            for at in [at for at, node in enumerate(step.nodes) if RECORD in modules[node].__dict__]:
+                for mark in record_of(modules[step.nodes[at]]).marks:
+                    if mark.exclusive or step.op.exclusive or mark.slots & slots:
+                        raise self._collides(step, at, mark.op, mark.rule)
 
     def _collides(self, step: Step, at: int, other: str, rule: str) -> ApplyError:
         return _error(
@@ -230,16 +235,6 @@ class Preflight:
         if self._device is None:
             self._device = next((p.device for p in self.modules[0].parameters()), torch.get_default_device())
         return self._device
-
-
-def _in_several(steps: Sequence[Step], size: int) -> bytearray:
-    """Which nodes more than one step changes: most often none, so that the rest need no book-keeping."""
-    once, twice = bytearray(size), bytearray(size)
-    for step in steps:
-        for node in step.nodes:
-            twice[node] = once[node]
-            once[node] = 1
-    return twice
 
 
 def _registers_plainly(cls: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -76,7 +76,7 @@ def refuse_bypassed(module: nn.Module, path: str, rule: str) -> None:
     )
 
 
-def refuse_class(module: nn.Module, path: str, rule: str) -> None:
+def refuse_class(module: nn.Module, path: Callable[[], str], rule: str) -> None:
     """Raise `ApplyError` where the class is one that cannot be derived from (GP513)."""
     cls: Any = type(module)
     if is_foreign(module):
@@ -86,7 +86,7 @@ def refuse_class(module: nn.Module, path: str, rule: str) -> None:
         why, fix = "it is compiled by TorchScript, which keeps no Python class to derive from", "patch before scripting"
     else:
         return
-    raise ApplyError(Diagnostic("GP513", f"`{path}` cannot be rewritten", text=(rule, why), fixes=(fix,)))
+    raise ApplyError(Diagnostic("GP513", f"`{path()}` cannot be rewritten", text=(rule, why), fixes=(fix,)))
 
 
 def refuse_offloaded(module: nn.Module, path: str, rule: str) -> None:

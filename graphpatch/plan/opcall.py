@@ -27,7 +27,7 @@ def checked_build(call: OpCall, scope: FileScope, positional: Sequence[Any], nam
         return build(call.name, positional, named)
     except UnknownOp as unknown:
         hint = f"did you mean `{unknown.suggestions[0]}`? " if unknown.suggestions else ""
-        scope.fail("GP201", str(unknown), call.span, f"{hint}`graphpatch ops` lists all of them")
+        scope.fail("GP201", str(unknown), call.name_span or call.span, f"{hint}`graphpatch ops` lists all of them")
     except ArgumentError as wrong:
         near = f"did you mean {' or '.join(f'`{s}`' for s in wrong.suggestions)}?" if wrong.suggestions else ""
         label = ". ".join(part for part in (near.removesuffix("?") + "?" if near else "", wrong.hint) if part)

@@ -1,127 +1,20 @@
 """What went wrong at a word that cannot stand where it stands, said the way the writer meant it.
 
 `explain` tries the habits people bring from Python, CSS, YAML, C and regexes, most specific first; where none fits
-it says what could have stood there, in the words of the language.
+`expected` says what could have stood there.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from lark import Token
-
-from .diagnostics import Diagnostic, Place, Source, Span, did_you_mean
+from .diagnostics import Diagnostic, did_you_mean
+from .expected import clauses, unexpected
+from .spot import CLAUSES, OPENING, STATEMENTS, Spot, short
 from .syntax import KEYWORDS
 
-STATEMENTS = ("use", "param", "alias", "require", "when", "patch", "freeze", "train", "map")
-CLAUSES = ("with", "then", "where", "except", "expect", "per", "as", "overrides", "using")
-_OPENING = {"LPAR": ("(", ")"), "LSQB": ("[", "]"), "LBRACE": ("{", "}")}
 _BEGINS = re.compile(rf"\n[ \t]*((?:{'|'.join(STATEMENTS)})[ \t]+[\w^@*:/\"'{{])")
-_CLOSING = {"RPAR": "LPAR", "RSQB": "LSQB", "RBRACE": "LBRACE"}
-
-
-@dataclass(frozen=True)
-class Spot:
-    """Where reading stopped."""
-
-    source: Source
-    offset: int
-    expected: set[str]
-    """The grammar's names of what could have stood here."""
-    words: list[Token]
-    """The words of the unfinished statement that are not yet part of something."""
-    last: Token | None
-    """The word before."""
-    start: str
-
-    @property
-    def text(self) -> str:
-        return self.source.text
-
-    @property
-    def rest(self) -> str:
-        return self.text[self.offset : self.offset + 200]
-
-    @property
-    def word(self) -> str:
-        match = re.match(r"[A-Za-z_]\w*", self.rest)
-        return match[0] if match else ""
-
-    @property
-    def chunk(self) -> str:
-        """What stands here up to the next space."""
-        match = re.match(r"\S+", self.rest)
-        return match[0] if match else ""
-
-    @property
-    def around(self) -> tuple[int, int]:
-        """The run of characters without a space that this spot is in."""
-        start = self.offset
-        while start > 0 and not self.text[start - 1].isspace() and self.offset - start < 200:
-            start -= 1
-        return start, self.offset + len(self.chunk)
-
-    @property
-    def statement(self) -> str:
-        """The keyword of the statement we are in."""
-        return next((str(t) for t in reversed(self.words) if t in STATEMENTS and t.type.lower() == t), "")
-
-    @property
-    def clause(self) -> str:
-        """The keyword of the clause or statement that was last begun."""
-        known = (*STATEMENTS, *CLAUSES)
-        return next((str(t) for t in reversed(self.words) if t in known and t.type.lower() == t), "")
-
-    @property
-    def bracket(self) -> Token | None:
-        """The innermost bracket that is open."""
-        closed: list[str] = []
-        for token in reversed(self.words):
-            if token.type in _CLOSING:
-                closed.append(_CLOSING[token.type])
-            elif token.type in _OPENING:
-                if closed and closed[-1] == token.type:
-                    closed.pop()
-                else:
-                    return token
-        return None
-
-    @property
-    def at_statement(self) -> bool:
-        return "PATCH" in self.expected and "WITH" not in self.expected and "VBAR" not in self.expected
-
-    @property
-    def wants_value(self) -> bool:
-        return "DOTTED" in self.expected and "INT" in self.expected
-
-    @property
-    def wants_selector(self) -> bool:
-        return "SEGMENT" in self.expected
-
-    @property
-    def after_selector(self) -> bool:
-        return "VBAR" in self.expected
-
-    @property
-    def after_value(self) -> bool:
-        return "TIMES" in self.expected
-
-    def span(self, start: int, end: int) -> Span:
-        text = self.text
-        end = max(end, start + 1)
-        return Span(*_position(text, start), *_position(text, min(end, len(text)) if start < len(text) else end))
-
-    def finding(self, code: str, title: str, start: int, end: int, label: str, *fixes: str) -> Diagnostic:
-        return Diagnostic(code, title, (Place(self.source, self.span(start, end), label),), fixes=fixes)
-
-    def here(self, code: str, title: str, length: int, label: str, *fixes: str) -> Diagnostic:
-        return self.finding(code, title, self.offset, self.offset + length, label, *fixes)
-
-
-def _position(text: str, offset: int) -> tuple[int, int]:
-    return text.count("\n", 0, offset) + 1, offset - text.rfind("\n", 0, offset)
 
 
 def explain(spot: Spot) -> tuple[Diagnostic, int]:
@@ -131,7 +24,7 @@ def explain(spot: Spot) -> tuple[Diagnostic, int]:
         # A statement that begins a line was not meant to be in the brackets that a line before left open.
         begun = re.search(_BEGINS, spot.text[bracket.end_pos : spot.offset])
         if begun:
-            sign, close = _OPENING[bracket.type]
+            sign, close = OPENING[bracket.type]
             title, start = f"`{sign}` is never closed", bracket.end_pos - 1
             return spot.finding(
                 "GP103", title, start, start + 1, f"a `{close}` is missing"
@@ -144,7 +37,7 @@ def explain(spot: Spot) -> tuple[Diagnostic, int]:
             return unclosed, start
         wanted = {"SEGMENT": "a selector", "NAME": "a name", "CLASS": "a class"}.get(spot.last.type, "a value")
         before = re.search(r"(\S+)\s*$", spot.text[:start])
-        title = f"{wanted} is missing" + (f" after `{_short(before[1])}`" if before else "")
+        title = f"{wanted} is missing" + (f" after `{short(before[1])}`" if before else "")
         label = f"`{spot.last}` begins the next part"
         return spot.finding("GP101", title, start, start + len(spot.last), label), start
     for habit in _HABITS:
@@ -152,7 +45,7 @@ def explain(spot: Spot) -> tuple[Diagnostic, int]:
         if finding is not None:
             resume = spot.offset + (1 if finding.code == "GP109" else 0)
             return finding, resume
-    return _generic(spot), spot.offset
+    return unexpected(spot), spot.offset
 
 
 def _swallowed(spot: Spot) -> bool:
@@ -375,7 +268,7 @@ def _regex(spot: Spot) -> Diagnostic | None:
             f"write {simple[1]}: the left end is open and the right end fixed anyway",
         )
     return spot.finding(
-        "GP114", "a regex stands between slashes", start, end, f"write /{_short(run)}/; it matches the whole name"
+        "GP114", "a regex stands between slashes", start, end, f"write /{short(run)}/; it matches the whole name"
     )
 
 
@@ -450,9 +343,9 @@ def _clause(spot: Spot) -> Diagnostic | None:
             f"no clause is called `{word}`",
             len(word),
             f"a module below is written with a dot: ... .**.{word}",
-            _clauses(spot),
+            clauses(spot),
         )
-    return spot.here("GP125", f"no clause is called `{word}`", len(word), _clauses(spot))
+    return spot.here("GP125", f"no clause is called `{word}`", len(word), clauses(spot))
 
 
 def _statement(spot: Spot) -> Diagnostic | None:
@@ -522,7 +415,7 @@ def _bad_braces(spot: Spot, body: str) -> Diagnostic:
         return spot.here("GP126", "braces cannot stand in braces", len(body), "write all alternatives in one pair")
     if "|" in body:
         return spot.here(
-            "GP126", "alternatives in braces are parted by commas", len(body), f"write {_short(body.replace('|', ','))}"
+            "GP126", "alternatives in braces are parted by commas", len(body), f"write {short(body.replace('|', ','))}"
         )
     return spot.here("GP126", "braces hold names, parted by commas", len(body), "write {q,k,v}_proj")
 
@@ -531,7 +424,7 @@ def _paths(spot: Spot) -> Diagnostic | None:
     if spot.clause != "use" or not re.match(r"[./~\\-]|\w+/", spot.rest):
         return None
     start, end = spot.around
-    return spot.finding("GP124", "a path stands in quotes", start, end, f'write use "{_short(spot.text[start:end])}"')
+    return spot.finding("GP124", "a path stands in quotes", start, end, f'write use "{short(spot.text[start:end])}"')
 
 
 def _hyphen(spot: Spot) -> Diagnostic | None:
@@ -540,7 +433,7 @@ def _hyphen(spot: Spot) -> Diagnostic | None:
         name = re.match(r"[\w-]+", spot.text[start:])
         if name and spot.last.type == "SEGMENT":
             return spot.finding(
-                "GP124", "a name with `-` stands in quotes", start, start + len(name[0]), f'write "{_short(name[0])}"'
+                "GP124", "a name with `-` stands in quotes", start, start + len(name[0]), f'write "{short(name[0])}"'
             )
     return None
 
@@ -554,7 +447,7 @@ def _arguments(spot: Spot) -> Diagnostic | None:
     if in_call and rest[:1] == ":" and last.type == "DOTTED":
         return spot.here("GP112", "an argument is given with `=`", 1, f"write {last}=...")
     if in_call and spot.after_value and (spot.word or (rest[:1] in "\"'$" and rest[:1])) and spot.word not in KEYWORDS:
-        return spot.here("GP101", "a comma is missing", 1, f"write a comma before {_short(spot.chunk)}")
+        return spot.here("GP101", "a comma is missing", 1, f"write a comma before {short(spot.chunk)}")
     if last.type == "DOTTED" and spot.clause in ("with", "then", "using") and "LPAR" in spot.expected:
         if re.match(r"\w+\s*=[^=]", rest) or rest[:1] in ("{", "[", ":"):
             return spot.here(
@@ -603,7 +496,7 @@ def _number(spot: Spot) -> Diagnostic | None:
             return spot.here("GP120", "numbers are written in decimal", len(match[0]), f"write {int(match[0], 0)}")
         return spot.here(
             "GP120",
-            f"`{_short(match[0])}` is no {'number' if spot.wants_value else 'index'}",
+            f"`{short(match[0])}` is no {'number' if spot.wants_value else 'index'}",
             len(match[0]),
             "a name that begins with a digit stands in quotes",
         )
@@ -623,7 +516,7 @@ def _unclosed(spot: Spot) -> Diagnostic | None:
         return None
     if bracket.type == "LBRACE" and (spot.rest != "" or "RBRACE" not in spot.expected):
         return None
-    sign, close = _OPENING[bracket.type]
+    sign, close = OPENING[bracket.type]
     if spot.rest[:1] == close:
         return None
     start = bracket.start_pos
@@ -632,7 +525,7 @@ def _unclosed(spot: Spot) -> Diagnostic | None:
 
 def _stray(spot: Spot) -> Diagnostic | None:
     close = spot.rest[:1]
-    if close in (")", "]", "}") and close and (spot.bracket is None or _OPENING[spot.bracket.type][1] != close):
+    if close in (")", "]", "}") and close and (spot.bracket is None or OPENING[spot.bracket.type][1] != close):
         opening = {")": "(", "]": "[", "}": "{"}[close]
         return spot.here("GP103", f"`{close}` closes nothing", 1, f"no `{opening}` is open here")
     return None
@@ -664,81 +557,3 @@ _HABITS: tuple[Callable[[Spot], Diagnostic | None], ...] = (
     _clause,
     _statement,
 )
-
-# ── the rest ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _generic(spot: Spot) -> Diagnostic:
-    wanted = _wanted(spot)
-    if spot.rest.strip() == "":
-        last = spot.last
-        start = last.start_pos if last is not None and last.start_pos is not None else 0
-        end = last.end_pos if last is not None and last.end_pos is not None else len(spot.text)
-        return spot.finding(
-            "GP101",
-            "the text ends in the middle of a statement" if spot.start == "start" else "something is missing",
-            start,
-            end,
-            f"expected {wanted} behind this",
-        )
-    found = spot.word or spot.rest[:1]
-    return spot.here("GP101", f"`{found}` cannot stand here", len(found), f"expected {wanted}")
-
-
-def _wanted(spot: Spot) -> str:
-    """What could have stood here, in the words of the language."""
-    expected = spot.expected
-    parts: list[str] = []
-    if spot.wants_value:
-        parts.append("a value")
-    elif "INT" in expected and "COLON" in expected:
-        parts.append("an index, a slice such as 0:12, or `*`")
-    elif "INT" in expected:
-        parts.append("an integer, $name or (expression)")
-    elif "ROOT" in expected:
-        parts.append("a selector")
-    elif "SEGMENT" in expected:
-        parts.append("a name")
-    elif "DOTTED" in expected:
-        parts.append("a packaged name or a path in quotes" if spot.clause == "use" else "the name of an op")
-    elif "NAME" in expected:
-        parts.append("a name")
-    elif "CLASS" in expected:
-        parts.append("the name of a class")
-    if spot.after_value:
-        parts.append("an operator")
-    signs = {
-        "VBAR": "|",
-        "DOT": ".",
-        "EQUAL": "=",
-        "COMMA": ",",
-        "RPAR": ")",
-        "RSQB": "]",
-        "RBRACE": "}",
-        "LPAR": "(",
-        "LBRACE": "{",
-        "__ANON_0": "->",
-        "ELSE": "else",
-    }
-    if not parts and "IN" in expected:
-        parts.append("`in`")
-    # What goes on with a value is "an operator", what may open one is "a value".
-    hidden = {"VBAR", "DOT", "EQUAL", "LPAR"} if spot.after_value else {"LPAR"} if "INT" in expected else set()
-    parts += [f"`{sign}`" for name, sign in signs.items() if name in expected and name not in hidden]
-    if "WITH" in expected or "WHERE" in expected:
-        parts.append(
-            "a clause (" + ", ".join(w for w in CLAUSES if w.upper() in expected and w not in ("then", "per")) + ")"
-        )
-    if spot.at_statement:
-        parts.append("a statement (" + ", ".join(w for w in STATEMENTS if w.upper() in expected) + ")")
-    elif "PATCH" in expected:
-        parts.append("the next statement")
-    return " or ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts) or "the end"
-
-
-def _clauses(spot: Spot) -> str:
-    return "the clauses are " + ", ".join(w for w in CLAUSES if w.upper() in spot.expected)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 40 else text[:37] + "..."

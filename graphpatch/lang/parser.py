@@ -12,7 +12,8 @@ from lark.parsers.lalr_analysis import Shift
 from .build import Builder, too_deep
 from .diagnostics import Diagnostic, Place, RuleError, Source, Span
 from .grammar import grammar
-from .mistakes import Spot, explain
+from .mistakes import explain
+from .spot import STATEMENTS, Spot
 from .syntax import Expr, ListExpr, Literal_, RuleFile, SelectorUnion, Unary
 
 LARGEST = 250_000
@@ -24,7 +25,6 @@ LONGEST_WORD = 10_000
 DEEPEST_STACK = 1000
 """Words that the parser may hold before it knows what they are part of."""
 
-STATEMENTS = ("use", "param", "alias", "require", "when", "patch", "freeze", "train", "map")
 _OPENING = {"LPAR": ")", "LSQB": "]", "LBRACE": "}"}
 _CLOSING = {"RPAR", "RSQB", "RBRACE"}
 _WORDS = re.compile(r"[A-Za-z]+")

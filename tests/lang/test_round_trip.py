@@ -15,7 +15,7 @@ from graphpatch.lang.parser import parse_expression, parse_rules, parse_selector
 from tests import strategies
 
 JOBS = re.split(r"^### (.*)\n", Path(__file__).with_name("jobs.rules.txt").read_text(encoding="utf-8"), flags=re.M)[1:]
-SETTINGS = settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
+SETTINGS = settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
 
 
 @SETTINGS

@@ -8,36 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import product
-from typing import NamedTuple, NoReturn, Protocol
+from typing import NamedTuple
 
 from ..lang.diagnostics import Span
 from ..lang.formatter import format_selector, format_step
-from ..lang.syntax import At, Every, Expr, Index, PathSelector, RegexSelector, Selector, SelectorUnion, Step
+from ..lang.syntax import RegexSelector, Selector, SelectorUnion
 from .classes import ClassTest, split_class
-from .globs import Braced, Fixed, has_wildcard, split_braces
-from .pattern import Bounds, Indices, Names, Pattern, Test
-
-_MOST_PATTERNS = 4096
-_DEEPEST_ROLE = 32
-
-
-class Scope(Protocol):
-    """What a selector needs from where it was written: its roles, the values in its brackets, and a way to complain."""
-
-    def alias(self, name: str, span: Span | None) -> tuple[SelectorUnion, Scope]:
-        """The role's selector and the scope of the file that defines it; raises `Error` for an unknown role."""
-        ...
-
-    def integer(self, bound: Expr) -> int:
-        """The value of an index bound; raises `Error` where it is no integer."""
-        ...
-
-    def fail(
-        self, code: str, title: str, span: Span | None = None, label: str = "", fixes: tuple[str, ...] = ()
-    ) -> NoReturn:
-        """Raise an `Error` of this code that points at `span` in the text the selector stands in."""
-        ...
+from .expand import MOST_PATTERNS, Classes, Path, Scope, classes_of, expand, too_many
+from .globs import Fixed, split_braces
+from .pattern import Indices, Names, Pattern, Test
 
 
 class Alternative(NamedTuple):
@@ -117,8 +96,8 @@ def compile_selector(union: SelectorUnion, scope: Scope) -> Compiled:
             bit = _add(compiled, Alternative(format_selector(branch), branch.span, number))
         before = len(compiled.patterns)
         _Branch(compiled, number, bit, scope).compile(branch)
-        if len(compiled.patterns) > _MOST_PATTERNS:
-            _too_many(scope, branch.span)
+        if len(compiled.patterns) > MOST_PATTERNS:
+            too_many(scope, branch.span)
         captures.append({name for owned in compiled.patterns[before:] for _, name in owned.captures})
     compiled.captures = frozenset(set.intersection(*captures)) if captures else frozenset()
     return compiled
@@ -129,40 +108,7 @@ def _add(compiled: Compiled, alternative: Alternative) -> int:
     return 1 << (len(compiled.alternatives) - 1)
 
 
-def _too_many(scope: Scope, span: Span | None) -> NoReturn:
-    scope.fail(
-        "GP234", f"this selector stands for more than {_MOST_PATTERNS} paths", span, "split it into several rules"
-    )
-
-
 # ── one branch ──
-
-
-class _Element(NamedTuple):
-    """A test of an expanded path, or a gap (`test` None), and the written step it comes from."""
-
-    test: Test | None
-    step: int
-    capture: str | None = None
-    span: Span | None = None
-    choice: bool = False
-
-
-class _Path(NamedTuple):
-    """One way to expand steps: roles replaced by one of their branches."""
-
-    elements: tuple[_Element, ...] = ()
-    anchored: bool = False
-    classes: tuple[_Classes, ...] = ()
-    regex: RegexSelector | None = None
-    """Only where a role is the whole selector."""
-
-
-class _Classes(NamedTuple):
-    """A `:CLASS` as written: which module classes, and whether `Parameter` is among them."""
-
-    test: ClassTest | None
-    parameter: bool
 
 
 class _Branch:
@@ -175,6 +121,9 @@ class _Branch:
         if isinstance(branch, RegexSelector):
             self._regex(branch, self.bit, ())
             return
+        for number, step in enumerate(branch.steps):
+            if step.index is not None:
+                self.compiled.brackets[self.number, number] = WrittenIndex(format_step(step), step.span)
         forms: list[tuple[int, dict[int, Fixed], int | None]] = []
         for number, step in enumerate(branch.steps):
             # A step built by hand has no positions.
@@ -190,146 +139,14 @@ class _Branch:
             forms.append((bit, {}, option))
         # Without alternatives there is one form; with them, the forms of any one group make up the whole.
         for bit, fixed, class_option in forms or [(0, {}, None)]:
-            own = (self._classes(branch.cls, class_option),) if branch.cls else ()
-            for path in self._expand(branch, self.scope, fixed, ()):
+            own = (classes_of(branch.cls, class_option),) if branch.cls else ()
+            for path in expand(branch, self.scope, fixed):
                 self._emit(path._replace(classes=path.classes + own), bit | self.bit)
-                if len(self.compiled.patterns) > _MOST_PATTERNS:
-                    _too_many(self.scope, branch.span)
-
-    # ── expansion ──
-    def _expand(
-        self,
-        branch: PathSelector,
-        scope: Scope,
-        fixed: dict[int, Fixed],
-        inside: tuple[tuple[str, int], ...],
-    ) -> list[_Path]:
-        """All ways to read the branch's steps, in the scope they stand in; `inside` are the roles being expanded."""
-        paths = [_Path(anchored=branch.anchored)]
-        last = len(branch.steps) - 1
-        for number, step in enumerate(branch.steps):
-            if step.kind == "role":
-                more = self._role(step, scope, number, first=number == 0, alone=last == 0, inside=inside)
-                if number < last and any(path.classes for path in more):
-                    self._fail(scope, "GP232", f"`@{step.name}` ends in a class, so it comes last in a path", step.span)
-                if number and any(path.anchored for path in more):
-                    self._fail(
-                        scope, "GP231", f"`@{step.name}` is anchored with `^`, so it comes first in a path", step.span
-                    )
-            else:
-                more = [_Path(self._step(step, scope, number, fixed.get(number)))]
-            if len(paths) * len(more) > _MOST_PATTERNS:
-                _too_many(self.scope, branch.span)
-            paths = [
-                _Path(
-                    before.elements + after.elements,
-                    before.anchored or after.anchored,
-                    before.classes + after.classes,
-                    after.regex,
-                )
-                for before, after in product(paths, more)
-            ]
-            if step.index is not None and not inside:
-                self._note_bracket(number, step)
-        return paths
-
-    def _step(self, step: Step, scope: Scope, number: int, fixed: Fixed | None) -> tuple[_Element, ...]:
-        if step.kind == "quoted":
-            elements = [_Element(Names(frozenset([step.name])), number)]
-        elif step.name == "**":
-            elements = [_Element(None, number)]
-        else:
-            braced = split_braces(step.name)
-            if braced.too_many:
-                _too_many(scope, step.span)
-            elements = [_Element(_names(braced, fixed), number, choice=bool(braced.groups))]
-        if step.index is not None:
-            elements.append(self._index(step, step.index, scope, number))
-        return tuple(elements)
-
-    def _index(self, step: Step, index: Index, scope: Scope, number: int) -> _Element:
-        spans: list[Bounds] = []
-        for span in index.spans:
-            if isinstance(span, Every):
-                return _Element(Indices(None), number, index.capture, index.span or step.span)
-            if isinstance(span, At):
-                spans.append(scope.integer(span.at))
-                continue
-            start, stop, stride = (
-                None if bound is None else scope.integer(bound) for bound in (span.start, span.stop, span.step)
-            )
-            if stride == 0:
-                self._fail(scope, "GP235", "a slice cannot have step 0", span.span or index.span or step.span)
-            spans.append((start, stop, stride))
-        return _Element(Indices(tuple(spans) or None), number, index.capture, index.span or step.span)
-
-    def _role(
-        self, step: Step, scope: Scope, number: int, first: bool, alone: bool, inside: tuple[tuple[str, int], ...]
-    ) -> list[_Path]:
-        union, home = scope.alias(step.name, step.span)
-        # A role is known by its name and its text: two files may each have one of the same name.
-        key = (step.name, hash(union))
-        if key in inside or len(inside) >= _DEEPEST_ROLE:
-            chain = " -> ".join(f"@{name}" for name, _ in (*inside, key))
-            self._fail(scope, "GP230", f"`@{step.name}` needs itself", step.span, chain)
-        paths = []
-        for branch in union.branches:
-            paths += self._role_branch(branch, step, scope, home, number, first, alone, (*inside, key))
-        return paths
-
-    def _role_branch(
-        self,
-        branch: Selector,
-        step: Step,
-        scope: Scope,
-        home: Scope,
-        number: int,
-        first: bool,
-        alone: bool,
-        inside: tuple[tuple[str, int], ...],
-    ) -> list[_Path]:
-        said = f"`@{step.name}`"
-        if isinstance(branch, RegexSelector):
-            if not alone or step.index is not None:
-                self._fail(scope, "GP233", f"{said} is a regex over whole names, so it stands alone", step.span)
-            return [_Path(regex=branch)]
-        paths = self._expand(branch, home, {}, inside)
-        if branch.cls:
-            paths = [path._replace(classes=(*path.classes, self._classes(branch.cls, None))) for path in paths]
-        if not branch.steps and not branch.anchored and not (alone and first):
-            # `:*RMSNorm` as a step of a path is a child of that class, whatever its name.
-            paths = [path._replace(elements=(_Element(Names(anything=True), number),)) for path in paths]
-        if step.index is None:
-            return [
-                path._replace(
-                    elements=tuple(e._replace(step=number, capture=None, choice=False) for e in path.elements)
-                )
-                for path in paths
-            ]
-        indexed = []
-        for path in paths:
-            if path.classes or not path.elements or not isinstance(path.elements[-1].test, Names):
-                why = "one of its branches does not" if len(paths) > 1 else f"it is `{format_selector(branch)}`"
-                self._fail(
-                    scope, "GP233", f"an index needs a role that ends in a name, and {said} does not", step.span, why
-                )
-            elements = [e._replace(step=number, capture=None, choice=False) for e in path.elements]
-            indexed.append(path._replace(elements=(*elements, self._index(step, step.index, scope, number))))
-        return indexed
-
-    def _classes(self, text: str, option: int | None) -> _Classes:
-        names, exact = split_class(text)
-        if option is not None:
-            names = [names[option]]
-        modules = [name for name in names if name not in ("Parameter", "torch.nn.Parameter")]
-        return _Classes(ClassTest(tuple(modules), exact) if modules else None, len(modules) < len(names))
-
-    def _note_bracket(self, number: int, step: Step) -> None:
-        text = format_step(step)
-        self.compiled.brackets.setdefault((self.number, number), WrittenIndex(text, step.span))
+                if len(self.compiled.patterns) > MOST_PATTERNS:
+                    too_many(self.scope, branch.span)
 
     # ── patterns ──
-    def _emit(self, path: _Path, bit: int) -> None:
+    def _emit(self, path: Path, bit: int) -> None:
         if path.regex is not None:
             self._regex(path.regex, bit, path.classes)
             return
@@ -348,7 +165,7 @@ class _Branch:
                 steps.append((len(tests), element.step))
                 if element.capture:
                     if any(name == element.capture for _, name in captures):
-                        self._fail(self.scope, "GP236", f"`{element.capture}` is captured twice", element.span)
+                        self.scope.fail("GP236", f"`{element.capture}` is captured twice", element.span)
                     captures.append((len(tests), element.capture))
             tests.append(element.test)
             gaps.append(False)
@@ -367,37 +184,27 @@ class _Branch:
                 Owned(pattern, self.number, bit, tuple(captures), tuple(steps), tuple(choices))
             )
 
-    def _regex(self, branch: RegexSelector, bit: int, classes: Sequence[_Classes]) -> None:
+    def _regex(self, branch: RegexSelector, bit: int, classes: Sequence[Classes]) -> None:
+        """`classes` are those that the selector adds to a role that is a regex."""
         try:
             regex = re.compile(branch.pattern)
         except (re.error, OverflowError, RecursionError) as error:
-            self._fail(self.scope, "GP237", "this regex cannot be read", branch.span, str(error))
+            self.scope.fail("GP237", "this regex cannot be read", branch.span, str(error))
         names, _ = split_class(branch.cls) if branch.cls else ([], False)
-        options: list[tuple[int, int | None]] = [(0, None)]
-        if len(names) > 1:
-            options = [
-                (_add(self.compiled, Alternative(":" + name, branch.span, self.number)), at)
-                for at, name in enumerate(names)
+        forms: list[tuple[int, int | None]] = [(0, None)]
+        if len(names) > 1 and branch is self.compiled.union.branches[self.number]:
+            forms = [
+                (_add(self.compiled, Alternative(f":{name}", branch.span, self.number)), option)
+                for option, name in enumerate(names)
             ]
-        for option_bit, option in options:
-            all_classes = [*classes, *([self._classes(branch.cls, option)] if branch.cls else [])]
-            tests = tuple(c.test for c in all_classes if c.test is not None)
-            self.compiled.regexes.append(
-                Regex(
-                    regex,
-                    self.number,
-                    bit | option_bit,
-                    tests,
-                    modules=len(tests) == len(all_classes),
-                    parameters=bool(all_classes) and all(c.parameter for c in all_classes),
-                )
-            )
-
-    def _fail(self, scope: Scope, code: str, title: str, span: Span | None, label: str = "") -> NoReturn:
-        scope.fail(code, title, span, label)
+        for own_bit, option in forms:
+            asked = [*classes, *([classes_of(branch.cls, option)] if branch.cls else [])]
+            tests = tuple(c.test for c in asked if c.test is not None)
+            modules, parameters = len(tests) == len(asked), bool(asked) and all(c.parameter for c in asked)
+            self.compiled.regexes.append(Regex(regex, self.number, bit | own_bit, tests, modules, parameters))
 
 
-def _endings(path: _Path) -> list[tuple[Names | None, bool]]:
+def _endings(path: Path) -> list[tuple[Names | None, bool]]:
     """(in place of the last test, whether parameters count): a final bare `*` or `**` is about modules only."""
     last = path.elements[-1].test if path.elements else None
     if last is None:
@@ -407,10 +214,3 @@ def _endings(path: _Path) -> list[tuple[Names | None, bool]]:
     if last.literals or last.globs:
         return [(Names(anything=True), False), (last._replace(anything=False), True)]
     return [(None, False)]
-
-
-def _names(braced: Braced, fixed: Fixed | None) -> Names:
-    globs = braced.expand(fixed)
-    plain = frozenset(g for g in globs if not has_wildcard(g))
-    bare = any(g and not g.strip("*") for g in globs)
-    return Names(plain, frozenset(g for g in globs if g not in plain and g.strip("*")), bare)

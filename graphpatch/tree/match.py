@@ -5,97 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from itertools import chain
 from typing import NamedTuple
 
-from ..lang.diagnostics import Span
 from .automaton import Automaton
-from .bindings import Aligner
-from .compile import Compiled, Regex
-from .cover import Cover
+from .compile import Compiled
+from .hits import Hits
 from .pattern import Indices, Pattern
-from .tree import Parameter, Segment, Signature, Tree, index_of
-
-
-class OutOfRange(NamedTuple):
-    """A single index that no container it was asked of has."""
-
-    asked: int
-    text: str
-    """What is wrong, in a sentence: `layers[40]` is out of range: `model.layers` has 32, 0 to 31."""
-    span: Span | None
-    containers: tuple[tuple[int, int], ...]
-    """(node, length) of each container."""
-
-
-class Hits:
-    """What one `Compiled` matched: modules and parameters, sorted in tree order, each tied one once."""
-
-    nodes: list[int]
-    parameters: list[Parameter]
-
-    def __init__(self, tree: Tree, compiled: Compiled):
-        self._tree, self._compiled = tree, compiled
-        self._node_runs: list[tuple[int, list[int]]] = []
-        self._parameter_runs: list[tuple[int, str, list[int]]] = []
-        self.out_of_range: list[OutOfRange] = []
-        """Single indices that hit in no container they were asked of: errors, whatever else was hit."""
-
-    def _finish(self) -> None:
-        tree = self._tree
-        runs = self._node_runs
-        self.nodes = list(runs[0][1]) if len(runs) == 1 else list(chain.from_iterable(nodes for _, nodes in runs))
-        # Nodes reached by several paths, or by a regex and by a path, stand in several runs.
-        if len(runs) != 1 or tree.places:
-            self.nodes = sorted(set(self.nodes))
-        found: Iterable[Parameter] = ((n, name) for _, name, nodes in self._parameter_runs for n in nodes)
-        if tree.ties:
-            first = tree.first_of
-            found = (first.get(p, p) for p in found)
-        self.parameters = list(found)
-        if len(self._parameter_runs) != 1 or tree.places or tree.ties:
-            self.parameters = sorted(set(self.parameters), key=self._place)
-
-    def _place(self, parameter: Parameter) -> tuple[int, int, str]:
-        order = self._orders.get(self._tree.signature_of[parameter[0]])
-        if order is None:
-            signature = self._tree.signature(parameter[0])
-            order = self._orders[self._tree.signature_of[parameter[0]]] = {
-                n: i for i, n in enumerate(signature.parameters)
-            }
-        return (parameter[0], order.get(parameter[1], len(order)), parameter[1])
-
-    @cached_property
-    def _orders(self) -> dict[int, dict[str, int]]:
-        return {}
-
-    def __len__(self) -> int:
-        return len(self.nodes) + len(self.parameters)
-
-    @cached_property
-    def _masks(self) -> dict[int | Parameter, int]:
-        masks: dict[int | Parameter, int] = defaultdict(int)
-        for mask, nodes in self._node_runs:
-            for node in nodes:
-                masks[node] |= mask
-        first = self._tree.first_of
-        for mask, name, nodes in self._parameter_runs:
-            for node in nodes:
-                masks[first.get((node, name), (node, name))] |= mask
-        return masks
-
-    def alternatives(self, hit: int | Parameter) -> int:
-        """The alternatives the hit took part in, as a bit mask over `Compiled.alternatives`."""
-        return self._masks.get(hit, 0) if self._compiled.alternatives else 0
-
-    @cached_property
-    def _aligner(self) -> Aligner:
-        return Aligner(self._tree, self._compiled)
-
-    def bindings(self, hit: int | Parameter) -> dict[str, int]:
-        """The captured indices of a hit, by name. Where it matches in several ways, its first path counts, and there
-        the outermost place."""
-        return self._aligner.bindings(hit)
+from .ranges import out_of_range
+from .regexes import match_regex
+from .tree import Segment, Signature, Tree, index_of
 
 
 def match(tree: Tree, selectors: Sequence[Compiled], added: Mapping[int, Iterable[str]] = {}) -> list[Hits]:
@@ -117,7 +35,7 @@ def match(tree: Tree, selectors: Sequence[Compiled], added: Mapping[int, Iterabl
     run.collect(results)
     for hits, compiled in zip(results, selectors):
         for regex in compiled.regexes:
-            _match_regex(tree, regex, added, hits)
+            match_regex(tree, regex, added, hits)
         hits._finish()
     return results
 
@@ -342,7 +260,7 @@ class _Run:
                 results[selector]._parameter_runs.append((alternatives, name, nodes))
         for probe, asked in containers.items():
             compiled = self.selectors[probe.selector]
-            results[probe.selector].out_of_range += _out_of_range(self.tree, compiled, probe.bracket, sorted(asked))
+            results[probe.selector].out_of_range += out_of_range(self.tree, compiled, probe.bracket, sorted(asked))
 
 
 def inner_model(tree: Tree) -> int | None:
@@ -351,64 +269,3 @@ def inner_model(tree: Tree) -> int | None:
         return None
     found = [child for child in tree.children(0) if tree.signature(child).config >= 0]
     return found[0] if len(found) == 1 else None
-
-
-# ── indices out of range ──
-
-
-def _out_of_range(
-    tree: Tree, compiled: Compiled, bracket: tuple[int, int], asked: Sequence[int]
-) -> Iterable[OutOfRange]:
-    containers = [(node, length) for node in asked if (length := container_length(tree, node))]
-    if not containers:
-        return
-    spans = {
-        span
-        for owned in compiled.patterns
-        for test, step in owned.steps
-        if (owned.branch, step) == bracket
-        for span in getattr(owned.pattern.tests[test], "spans", None) or ()
-        if isinstance(span, int)
-    }
-    written = compiled.brackets.get(bracket)
-    for span in sorted(spans):
-        if any(-length <= span < length for _, length in containers):
-            continue
-        said = ", ".join(
-            f"`{tree.paths[node] or 'the root'}` has {length}, 0 to {length - 1}" for node, length in containers[:3]
-        )
-        said += f" (and {len(containers) - 3} more)" if len(containers) > 3 else ""
-        name = written.text.partition("[")[0] if written else ""
-        yield OutOfRange(
-            span, f"`{name}[{span}]` is out of range: {said}", written.span if written else None, tuple(containers)
-        )
-
-
-def container_length(tree: Tree, node: int) -> int:
-    """Highest index of the children (and parameters) with integer names, plus one; 0 without such."""
-    lengths = [tree.lengths[child] for child in tree.children(node)]
-    lengths += [index_of(name) + 1 for name in tree.signature(node).parameters]
-    lengths.append(tree._edge_lengths.get(node, 0))
-    return max(lengths)
-
-
-# ── regexes ──
-
-
-def _match_regex(tree: Tree, regex: Regex, added: Mapping[int, Iterable[str]], hits: Hits) -> None:
-    fullmatch = regex.regex.fullmatch
-    tied = Cover(tree, tree.places) if tree.places else None
-    accepted = [not regex.classes or all(t.accepts(s.mro) for t in regex.classes) for s in tree.signatures]
-    nodes: list[int] = []
-    parameters: dict[str, list[int]] = defaultdict(list)
-    for node, path in enumerate(tree.paths):
-        paths = tree.all_paths(node) if tied is not None and node in tied else (path,)
-        if regex.modules and accepted[tree.signature_of[node]] and any(map(fullmatch, paths)):
-            nodes.append(node)
-        if regex.parameters:
-            for name in (*tree.signature(node).parameters, *added.get(node, ())):
-                if any(fullmatch(f"{p}.{name}" if p else name) for p in paths):
-                    parameters[name].append(node)
-    if nodes:
-        hits._node_runs.append((regex.alternatives, nodes))
-    hits._parameter_runs += [(regex.alternatives, name, owners) for name, owners in parameters.items()]

@@ -9,8 +9,10 @@ from typing import NamedTuple
 from ..lang.diagnostics import Span, did_you_mean
 from .compile import Compiled, Owned
 from .compress import compress, spans_text, steps_text
-from .match import Hits, container_length, match
+from .hits import Hits
+from .match import match
 from .pattern import Bounds, Indices, Names, Pattern
+from .ranges import container_length
 from .tree import Parameter, Tree, index_of
 
 _MOST_PATTERNS = 64

@@ -5,9 +5,12 @@ This file is the room's front: what other rooms need of selectors, and the types
 
 from __future__ import annotations
 
-from .compile import Alternative, Compiled, Scope, compile_selector
+from .compile import Alternative, Compiled, compile_selector
 from .cover import Cover
-from .match import Hits, OutOfRange, match
+from .expand import Scope
+from .hits import Hits
+from .match import match
+from .ranges import OutOfRange
 from .tree import Parameter, Tree
 
 __all__ = [

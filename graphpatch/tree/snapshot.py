@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from operator import itemgetter
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from ..lang.diagnostics import Diagnostic, Error
+from .attributes import ABSENT, SCALARS, as_fact, may_be_fact
 from .config import plain_config
 from .tree import Attribute, Parameter, Signature, Tensor, Tree, content_of, index_of
 
@@ -30,10 +30,6 @@ WRAPPERS = {
 }
 """Transparent wrappers: class name -> the child that holds the module they wrap."""
 
-_SCALARS = {bool, int, float, str, type(None)}
-_LONGEST = 4096
-"""Tuples and strings longer than this are data, not facts about a module: left out."""
-_ABSENT = object()
 _BUFFERS = object()
 """Stands between the parameters and the buffers of a module."""
 
@@ -170,7 +166,7 @@ class _Walk:
                 layout = shape.layouts[types] = self._layout(shape, entries)
             if layout.scalars is not None:
                 values = layout.scalars(entries)
-                further += tuple([repr(_convert(entries[other])) for other in layout.others])
+                further += tuple([repr(as_fact(entries[other])) for other in layout.others])
                 if layout.config:
                     further += (self._config(entries["config"]),)
             if record is not None:
@@ -221,8 +217,8 @@ class _Walk:
         return shape
 
     def _layout(self, shape: _Shape, entries: dict[str, Any]) -> _Layout:
-        scalars = [name for name in shape.public if type(entries[name]) in _SCALARS]
-        others = [name for name in shape.public if name not in scalars and _may_convert(entries[name])]
+        scalars = [name for name in shape.public if type(entries[name]) in SCALARS]
+        others = [name for name in shape.public if name not in scalars and may_be_fact(entries[name])]
         all_scalars = len(scalars) == len(shape.public)
         return _Layout(
             scalars=None if all_scalars else _reader(scalars) or _nothing,
@@ -262,7 +258,7 @@ class _Walk:
         if record.marks:
             self.tree.marks[node] = tuple(record.marks)
         added = [name for name in layout.facts if name in record.added]
-        return (*added, *((name, repr(_convert(value))) for name, value in sorted(record.attributes.items())))
+        return (*added, *((name, repr(as_fact(value))) for name, value in sorted(record.attributes.items())))
 
     def _intern(
         self,
@@ -279,8 +275,8 @@ class _Walk:
         for name in layout.facts:
             if record is None or name not in record.added:
                 changed = record is not None and name in record.attributes
-                converted = _convert(record.attributes[name] if changed else entries[name])
-                if converted is not _ABSENT:
+                converted = as_fact(record.attributes[name] if changed else entries[name])
+                if converted is not ABSENT:
                     attributes[name] = converted
         parameters, buffers = _tensors(tensors, attributes)
         wrapped = further[0] if further and isinstance(further[0], frozenset) else frozenset()
@@ -364,31 +360,9 @@ def _nothing(entries: dict[str, Any]) -> tuple[Any, ...]:
     return ()
 
 
-def _may_convert(value: Any) -> bool:
-    return isinstance(value, (bool, int, float, str, tuple, list, Enum, torch.dtype))
-
-
-def _convert(value: Any) -> Any:
-    """A value as a scalar or a tuple of scalars; `_ABSENT` where it is none."""
-    kind = type(value)
-    if kind in _SCALARS:
-        return value if kind is not str or len(value) <= _LONGEST else _ABSENT
-    if isinstance(value, torch.dtype):
-        return _dtype(value)
-    if isinstance(value, Enum):
-        return _convert(value.value) if type(value.value) in _SCALARS else value.name
-    for plain in (bool, int, float, str):
-        if isinstance(value, plain):
-            return plain(value)
-    if isinstance(value, (tuple, list)) and len(value) <= _LONGEST:
-        items = tuple([_convert(item) for item in value])
-        return _ABSENT if any(item is _ABSENT for item in items) else items
-    return _ABSENT
-
-
 def _is_config(value: Any) -> bool:
     # A module may be called `config`, but then it is a child, not an entry.
-    return value is not None and type(value) not in _SCALARS and not isinstance(value, (nn.Module, torch.Tensor, type))
+    return value is not None and type(value) not in SCALARS and not isinstance(value, (nn.Module, torch.Tensor, type))
 
 
 def _odd_tensor(tensor: Any) -> tuple[Any, Any, bool]:

@@ -1,34 +1,28 @@
-"""The text form read back. Lines become templates, templates are counted, and only then unfolded to nodes."""
+"""The text form read back: lines become templates, which `text_unfold` makes nodes of."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from itertools import chain
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Iterable
+from typing import Any, NoReturn
 
 from ..lang.diagnostics import Diagnostic, Error, Place, Source, Span
 from .compile import compile_selector
 from .match import match
+from .text_unfold import WORD, Reference, Template, Unfolding
 from .text_write import FIRST_LINE, LEVELS
-from .tree import Mark, Parameter, Signature, Tensor, Tree, content_of, index_of
+from .tree import Mark, Signature, Tensor, Tree
 
-MOST_NODES = 4_000_000
-"""A model with more modules than this is a mistake in the file."""
-
-_WORD = r'(?:[A-Za-z0-9_]+(?:#\d+)?|"(?:[^"\\]|\\.)*")'
-_KEY = re.compile(rf"( *)(?:(\^)|\[([0-9:,]+)\]|({_WORD}))(:| -> | = )")
-_CLASS = re.compile(rf" ({_WORD})(?![\w#=])")
-_ATTRIBUTE = re.compile(rf" ({_WORD})=(?:@(\d?)(?:\+(\d))?(?= |;|$))?")
-_TENSOR = re.compile(rf"; (param|buffer) ({_WORD}) ({_WORD})\[((?:\d{{1,18}}(?:,\d{{1,18}})*)?)\]( frozen| trainable)?")
+_KEY = re.compile(rf"( *)(?:(\^)|\[([0-9:,]+)\]|({WORD}))(:| -> | = )")
+_CLASS = re.compile(rf" ({WORD})(?![\w#=])")
+_ATTRIBUTE = re.compile(rf" ({WORD})=(?:@(\d?)(?:\+(\d))?(?= |;|$))?")
+_TENSOR = re.compile(rf"; (param|buffer) ({WORD}) ({WORD})\[((?:\d{{1,18}}(?:,\d{{1,18}})*)?)\]( frozen| trainable)?")
 _NUMBER = re.compile(r"; (config|length) (\d{1,9})")
 _NOTE = re.compile(r"; note (?=\")")
-_DOTS = re.compile(r"(\^|\.+)")
 _SPAN = re.compile(r"(\d{1,9})(?::(\d{1,9})(?::(\d{1,9}))?)?")
-_CONFIG_LINE = re.compile(rf"  ({_WORD}) = ")
-_CLASS_LINE = re.compile(rf"  ({_WORD}) = (.*)")
+_CONFIG_LINE = re.compile(rf"  ({WORD}) = ")
+_CLASS_LINE = re.compile(rf"  ({WORD}) = (.*)")
 _QUALIFIED = re.compile(r'[\w.<>]+|"(?:[^"\\]|\\.)*"')
 _decode = json.JSONDecoder().raw_decode
 
@@ -38,47 +32,16 @@ def parse(text: str, name: str) -> Tree:
     return _Reader(Source(name, text.replace("\r\n", "\n"))).tree()
 
 
-class _Reference(NamedTuple):
-    level: int
-    offset: int
-
-
-@dataclass
-class _Template:
-    """A line of the modules, and what stands below it."""
-
-    line: int
-    depth: int
-    name: str | None
-    """None where it stands for several, by index."""
-    indices: Sequence[range] = ()
-    facts: Signature = field(default_factory=lambda: Signature(()))
-    references: dict[str, _Reference] = field(default_factory=dict)
-    length: int = 0
-    ties: list[tuple[str, str, int]] = field(default_factory=list)
-    """(name, target, line)"""
-    edges: list[tuple[str, str, int]] = field(default_factory=list)
-    below: list[_Template] = field(default_factory=list)
-    size: int = 1
-    children: list[tuple[str, int, _Template]] = field(default_factory=list)
-    """(name, index, template), in order, one for each child; reversed, as a stack wants them."""
-    numbers: dict[tuple[int, ...], int] = field(default_factory=dict)
-    """The signature, by the values of the references."""
-
-
 class _Reader:
     def __init__(self, source: Source):
         self.source = source
         self.lines = source.text.split("\n")
         self.classes: dict[str, tuple[str, ...]] = {}
         self.result = Tree([], [], [], [], [], [], [])
-        self.known: dict[Any, int] = {}
-        self.heads: dict[str, _Template] = {}
-        self.templates: list[_Template] = []
-        self.open: list[_Template] = []
+        self.heads: dict[str, Template] = {}
+        self.templates: list[Template] = []
+        self.open: list[Template] = []
         """The module of the last line, and those it stands in."""
-        self.by_name: list[dict[str, int]] = []
-        """For each node its children, at first paths."""
 
     # ── the file ──
     def tree(self) -> Tree:
@@ -97,11 +60,7 @@ class _Reader:
         marks, count = self._sections()
         if not self.templates:
             self.fail("GP433", "this tree has no modules", 1)
-        for template in reversed(self.templates):
-            self._count(template)
-        for template in self.templates:
-            template.children = self._children(template)
-        self._unfold(self.templates[0])
+        Unfolding(self.result, self.fail, self._word).run(self.templates)
         if count != len(self.result):
             self.fail(
                 "GP435", f"the tree has {len(self.result)} modules, and its last line says {count}", len(self.lines),
@@ -214,14 +173,14 @@ class _Reader:
         links = self.open[-1].edges if key[5] == " -> " else self.open[-1].ties
         links.append((self._word(key[4], number), line[key.end() :], number))
 
-    def _head(self, text: str, start: int, number: int) -> _Template:
+    def _head(self, text: str, start: int, number: int) -> Template:
         """Class, attributes, tensors and the rest; the same text is the same template but for its place."""
         known = self.heads.get(text)
         if known is None:
             known = self.heads[text] = self._parse_head(text, start, number)
-        return _Template(number, 0, None, facts=known.facts, references=known.references, length=known.length)
+        return Template(number, 0, None, facts=known.facts, references=known.references, length=known.length)
 
-    def _parse_head(self, text: str, start: int, number: int) -> _Template:
+    def _parse_head(self, text: str, start: int, number: int) -> Template:
         at = 0
         mro: tuple[str, ...] = ()
         found = _CLASS.match(text)
@@ -231,13 +190,13 @@ class _Reader:
                 self.fail("GP433", f"the class `{name}` is not among the classes above", number)
             mro, at = self.classes[name], found.end()
         attributes: dict[str, Any] = {}
-        references: dict[str, _Reference] = {}
+        references: dict[str, Reference] = {}
         while found := _ATTRIBUTE.match(text, at):
             name = self._word(found[1], number)
             if name in attributes:
                 self.fail("GP433", f"`{name}` stands there twice", number)
             if found[2] is not None:
-                references[name] = _Reference(int(found[2] or 0), int(found[3] or 0))
+                references[name] = Reference(int(found[2] or 0), int(found[3] or 0))
                 if references[name].level not in LEVELS:
                     self.fail("GP433", f"`@{references[name].level}` is too far up", number)
                 attributes[name], at = 0, found.end()
@@ -265,7 +224,7 @@ class _Reader:
             else:
                 self.fail("GP433", "this cannot be read", number, column=start + at + 1)
         facts = Signature(mro, attributes, tensors["param"], tensors["buffer"], numbers["config"], frozenset(notes))
-        return _Template(number, 0, None, facts=facts, references=references, length=numbers["length"])
+        return Template(number, 0, None, facts=facts, references=references, length=numbers["length"])
 
     def _attribute(self, value: Any, number: int) -> Any:
         if isinstance(value, list):
@@ -285,121 +244,6 @@ class _Reader:
         if not any(ranges):
             self.fail("GP433", f"`[{text[:80]}]` stands for nothing", number)
         return ranges
-
-    # ── counting, before anything is made ──
-    def _count(self, template: _Template) -> None:
-        """How many modules the line stands for in each place; those below were counted before."""
-        for child in template.below:
-            template.size += child.size * (1 if child.name is not None else sum(map(len, child.indices)))
-            if template.size > MOST_NODES:
-                self.fail("GP434", f"this tree has more than {MOST_NODES:,} modules", child.line, "is the range meant?")
-
-    def _children(self, template: _Template) -> list[tuple[str, int, _Template]]:
-        children: list[tuple[str, int, _Template]] = []
-        run: list[tuple[str, int, _Template]] = []
-        for child in template.below:
-            if child.name is None:
-                run += [(str(i), i, child) for i in chain.from_iterable(child.indices)]
-            else:
-                children += sorted(run, key=_by_index)
-                run = []
-                children.append((child.name, index_of(child.name), child))
-        children += sorted(run, key=_by_index)
-        names = [name for name, _, _ in children] + [name for name, _, _ in template.edges]
-        if len(set(names)) < len(names):
-            twice = next(name for at, name in enumerate(names) if name in names[:at])
-            self.fail("GP433", f"`{twice[:80]}` stands twice below this module", template.line)
-        highest = 1 + max(map(index_of, names), default=-1)
-        if template.length and template.length < highest:
-            self.fail("GP433", f"length {template.length} is less than its highest index", template.line)
-        template.length = template.length or highest
-        children.reverse()
-        return children
-
-    # ── unfolding ──
-    def _unfold(self, root: _Template) -> None:
-        tree = self.result
-        names, parents, indices, lengths, signature_of = (
-            tree.names, tree.parents, tree.indices, tree.lengths, tree.signature_of,
-        )  # fmt: skip
-        stack: list[tuple[str, int, _Template, int, int, tuple[int, ...]]] = [("", -1, root, -1, 0, ())]
-        edges: list[tuple[int, str, str, int]] = []
-        ties: list[tuple[int, str, str, int]] = []
-        pop = stack.pop
-        while stack:
-            name, index, template, parent, length, above = pop()
-            node = len(names)
-            names.append(name)
-            parents.append(parent)
-            indices.append(index)
-            lengths.append(length)
-            if index >= 0:
-                above = (index, *above[: len(LEVELS) - 1])
-            signature_of.append(self._signature(template, above))
-            if template.edges:
-                edges += [(node, *edge) for edge in template.edges]
-            if template.ties:
-                ties += [(node, *tie) for tie in template.ties]
-            size = template.length
-            stack += [(n, i, t, node, size if i >= 0 else 0, above) for n, i, t in template.children]
-        tree.ends = [0] * len(names)
-        for node in range(len(names) - 1, -1, -1):
-            tree.ends[node] = max(tree.ends[node], node + 1)
-            if node:
-                tree.ends[parents[node]] = max(tree.ends[parents[node]], tree.ends[node])
-        self.by_name = [{} for _ in names]
-        for node in range(1, len(names)):
-            self.by_name[parents[node]][names[node]] = node
-        edges.sort(key=lambda edge: edge[0])
-        tree.edges = [(self._target(parent, to, line)[0], parent, name) for parent, name, to, line in edges]
-        for node, name, target, line in ties:
-            if name not in tree.signature(node).parameters:
-                self.fail("GP433", f"there is no parameter `{name}` to tie", line)
-            tree.ties.append(((node, name), self._tied(self._target(node, target, line, True), line)))
-
-    def _signature(self, template: _Template, above: tuple[int, ...]) -> int:
-        values: tuple[int, ...] = ()
-        if template.references:
-            if any(r.level >= len(above) for r in template.references.values()):
-                self.fail("GP433", "`@` stands in no numbered module", template.line)
-            values = tuple([above[r.level] + r.offset for r in template.references.values()])
-        number = template.numbers.get(values)
-        if number is None:
-            facts = template.facts
-            attributes = {**facts.attributes, **dict(zip(template.references, values))}
-            made = Signature(facts.mro, attributes, facts.parameters, facts.buffers, facts.config, facts.notes)
-            number = self.known.setdefault(content_of(made), len(self.known))
-            if number == len(self.result.signatures):
-                self.result.signatures.append(made)
-            template.numbers[values] = number
-        return number
-
-    def _target(self, node: int, target: str, line: int, parameter: bool = False) -> tuple[int, str]:
-        """The module a link leads to, and the parameter's name there."""
-        lead = _DOTS.match(target)
-        rest = target[lead.end() :].strip() if lead else ""
-        steps = re.findall(rf"({_WORD})(?:\.|$)", rest)
-        if not lead or ".".join(steps) != rest:
-            self.fail("GP433", "a path reads `^model.act`, `.act` or `..act`", line)
-        at = 0
-        if lead[1] != "^":
-            at = node
-            for _ in lead[1][1:]:
-                at = self.result.parents[at]
-                if at < 0:
-                    self.fail("GP433", "this path leads above the root", line)
-        names = [self._word(step, line) for step in steps]
-        last = names.pop() if parameter and names else ""
-        for step in names:
-            at = self.by_name[at].get(step, -1)
-            if at < 0:
-                self.fail("GP433", f"there is nothing at `{target[:80]}`", line)
-        return at, last
-
-    def _tied(self, parameter: Parameter, line: int) -> Parameter:
-        if parameter[1] not in self.result.signature(parameter[0]).parameters:
-            self.fail("GP433", f"there is no parameter `{parameter[1]}` to be tied to", line)
-        return parameter
 
     # ── marks ──
     def _read_marks(self, lines: Iterable[int]) -> None:
@@ -456,7 +300,3 @@ class _NoScope:
         self, code: str, title: str, span: Span | None = None, label: str = "", fixes: tuple[str, ...] = ()
     ) -> NoReturn:
         raise Error(Diagnostic(code, title))
-
-
-def _by_index(child: tuple[str, int, _Template]) -> int:
-    return child[1]

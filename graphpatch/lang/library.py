@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from .diagnostics import Diagnostic, Place, RuleError, did_you_mean
 from .parser import LARGEST
+from .spot import short
 
 SUFFIX = ".rules"
 
@@ -40,22 +41,22 @@ def packaged() -> list[str]:
 def find_packaged(name: str, place: Place | None = None) -> Found:
     """The packaged file of a (dotted) name; raises `RuleError` (GP210)."""
     parts = name.split(".")
-    path = LIBRARY.joinpath(*parts[:-1], parts[-1] + SUFFIX)
-    if path.is_file():
-        return Found(path, "/".join(parts) + SUFFIX, True)
     known = packaged()
+    if name in known:
+        path = LIBRARY.joinpath(*parts[:-1], parts[-1] + SUFFIX)
+        return Found(path, "/".join(parts) + SUFFIX, True)
     if parts[-1] == "rules":
         hint = f'a path stands in quotes: use "{".".join(parts[:-1])}.rules"'
     else:
         hint = did_you_mean(name, known) or f"there are {', '.join(known) or 'none'}"
-    raise _refusal("GP210", f"no packaged rules are called `{name}`", place, hint)
+    raise _refusal("GP210", f"no packaged rules are called `{short(name)}`", place, hint)
 
 
 def find_path(written: str, folder: str | None, place: Place | None = None) -> Found:
     """The file of a path, relative to `folder` (None: there is none to be relative to); raises `RuleError` (GP211)."""
     if folder is None and not os.path.isabs(written):
         why = "a text that is no file has no folder: write an absolute path"
-        raise _refusal("GP211", f"`{written}` is relative, and to nothing", place, why)
+        raise _refusal("GP211", f"`{short(written)}` is relative, and to nothing", place, why)
     name = os.path.normpath(os.path.join(folder or "", written))
     path = Path(name)
     try:
@@ -64,12 +65,10 @@ def find_path(written: str, folder: str | None, place: Place | None = None) -> F
         there = sorted(p.name for p in path.parent.glob("*" + SUFFIX))
     except (OSError, ValueError):
         there = []
-    if len(written) > 200:
-        written = written[:197] + "..."
     hint = did_you_mean(path.name, there) or did_you_mean(path.stem, packaged())
     if not hint:
         hint = f"the folder has {', '.join(there[:12])}" if there else "the folder has no rule files"
-    raise _refusal("GP211", f"there is no rule file `{written}`", place, hint)
+    raise _refusal("GP211", f"there is no rule file `{short(written)}`", place, hint)
 
 
 def find(name_or_path: str | os.PathLike[str]) -> Found:

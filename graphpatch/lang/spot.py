@@ -118,5 +118,5 @@ def _position(text: str, offset: int) -> tuple[int, int]:
 
 
 def short(text: str) -> str:
-    """A quotation of at most forty characters."""
-    return text if len(text) <= 40 else text[:37] + "..."
+    """A quotation of at most eighty characters."""
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -76,6 +76,8 @@ def test_packages_in_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         ("nowhere/lora.rules", "did you mean `lora`?"),
         ("patch a with b\n", "graphpatch.parse(text)"),
         ("", "there is no rule file"),
+        ("x" * 5000, "no packaged rules"),
+        ("x/" * 5000, "there is no rule file"),
     ],
 )
 def test_missing_files(name: str, says: str) -> None:

@@ -76,7 +76,9 @@ def _conflict(tree: Tree, one: Draft, other: Draft, hits: Sequence[Hit]) -> Diag
             "GP407",
             f"`{one.op.op}` and `{other.op.op}` of one rule cannot stand on one module",
             other.call.span,
-            "one of them takes the module's place" if one.op.exclusive or other.op.exclusive else "they take the same slot",
+            "one of them takes the module's place"
+            if one.op.exclusive or other.op.exclusive
+            else "they take the same slot",
         )
     places, text = [], []
     for draft in (one, other):
@@ -84,7 +86,9 @@ def _conflict(tree: Tree, one: Draft, other: Draft, hits: Sequence[Hit]) -> Diag
         said = f"{draft.op.text()}   {len(draft.hits)} modules{all_shared}"
         span = draft.rule.statement.span
         if span:
-            places.append(Place(draft.rule.scope.source, draft.call.span or span, f"{len(draft.hits)} modules{all_shared}"))
+            places.append(
+                Place(draft.rule.scope.source, draft.call.span or span, f"{len(draft.hits)} modules{all_shared}")
+            )
         else:
             text.append(said)
     label = one.rule.label or "base"
@@ -93,7 +97,9 @@ def _conflict(tree: Tree, one: Draft, other: Draft, hits: Sequence[Hit]) -> Diag
         + ("" if one.rule.label else f", and name the first with `as {label}`")
     ]
     if "adapter" in type(one.op).model_fields and type(one.op) is type(other.op):
-        fixes.append(f'if both are meant: give each an adapter name, {other.op.op}(..., adapter="{other.rule.label or "second"}")')
+        fixes.append(
+            f'if both are meant: give each an adapter name, {other.op.op}(..., adapter="{other.rule.label or "second"}")'
+        )
     return Diagnostic("GP407", f"two rules change {where}", tuple(places), tuple(text), tuple(fixes))
 
 

@@ -14,7 +14,7 @@ from .opcall import build_op
 from .plan import Step
 from .reach import Reach
 from .rules import Rule
-from .target import Hit, TargetFacts, TargetScope, by_difference, needs, owner
+from .target import Hit, TargetScope, by_difference, needs, owner
 
 
 @dataclass
@@ -130,19 +130,21 @@ def _rewrite(op: Op, target: Target, has_classes: bool) -> str:
         if name in op.accepts:
             return op.accepts[name]
     takes = ", ".join(sorted(name.rpartition(".")[2] for name in op.accepts))
-    raise Refusal(f"`{op.op}` does not accept {target.signature.cls}", f"it accepts {takes}; narrow the selector, `:Linear` say")
+    raise Refusal(
+        f"`{op.op}` does not accept {target.signature.cls}", f"it accepts {takes}; narrow the selector, `:Linear` say"
+    )
 
 
 def _refusals(tree: Tree, draft: Draft, refused: dict[tuple[str, tuple[str, ...], str], list[Hit]]) -> list[Diagnostic]:
     found = []
     for (why, fixes, code), hits in refused.items():
         paths = compress(tree, [h for h in hits if isinstance(h, int)], [h for h in hits if not isinstance(h, int)])
-        few = ", ".join(p.removeprefix("^") for p in paths[:2]) + (f" and {len(paths) - 2} more" if len(paths) > 2 else "")
+        few = ", ".join(p.removeprefix("^") for p in paths[:2]) + (
+            f" and {len(paths) - 2} more" if len(paths) > 2 else ""
+        )
         found.append(
             draft.rule.scope.finding(
                 code, f"`{few}` cannot take {draft.op.op}", draft.call.span, "", fixes, text=(why,)
             )
         )
     return found
-
-

@@ -15,7 +15,7 @@ from ..tree.select import Cover
 from ..tree.tree import Tree
 from .reach import Reach, reach
 from .rules import Rule
-from .target import owner
+from .target import Hit, owner
 
 _COMPARE: dict[str, Callable[[int, int], bool]] = {"==": eq, "!=": ne, "<": lt, "<=": le, ">": gt, ">=": ge}
 
@@ -54,7 +54,9 @@ def hold(tree: Tree, reached: Reach) -> Iterable[Diagnostic]:
         return
     counts, outside = _count(tree, reached)
     if outside:
-        paths = compress(tree, [h for h in outside if isinstance(h, int)], [h for h in outside if not isinstance(h, int)])
+        paths = compress(
+            tree, [h for h in outside if isinstance(h, int)], [h for h in outside if not isinstance(h, int)]
+        )
         yield rule.scope.finding(
             "GP413",
             f"{len(outside)} of {len(reached)} matches are outside every `{per}`",
@@ -68,7 +70,7 @@ def hold(tree: Tree, reached: Reach) -> Iterable[Diagnostic]:
     reached.coverage = " + ".join(f"{n} x {times}" for n, times in sorted(Counter(counts).items(), reverse=True))
 
 
-def _count(tree: Tree, reached: Reach) -> tuple[list[int], list[object]]:
+def _count(tree: Tree, reached: Reach) -> tuple[list[int], list[Hit]]:
     """Hits in (or at) each group, and the hits outside every group."""
     hits = reached.hits()
     if tree.edges:
@@ -81,9 +83,7 @@ def _count(tree: Tree, reached: Reach) -> tuple[list[int], list[object]]:
     return counts, [h for h in hits if owner(h) not in everything]
 
 
-def _uneven(
-    tree: Tree, reached: Reach, counts: Sequence[int], wrong: Sequence[int], said: str, per: str
-) -> Diagnostic:
+def _uneven(tree: Tree, reached: Reach, counts: Sequence[int], wrong: Sequence[int], said: str, per: str) -> Diagnostic:
     expect = reached.rule.statement.expect
     assert expect is not None
     wrong_set = set(wrong)
@@ -98,9 +98,7 @@ def _uneven(
             else f"if that is right for this model, give {', '.join(compress(tree, list(wrong))[:2])} a rule of its own, or an `except`"
         )
     why = lacking(tree, reached.groups, reached.hits(), wrong)
-    return reached.rule.scope.finding(
-        "GP405", f"expected {said} per {per}, {tally}", expect.span, why, tuple(fixes)
-    )
+    return reached.rule.scope.finding("GP405", f"expected {said} per {per}, {tally}", expect.span, why, tuple(fixes))
 
 
 def _where_they_are(tree: Tree, reached: Reach) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..lang.diagnostics import Diagnostic, PlanError, did_you_mean
 from ..lang.formatter import format_expression, format_selector
-from ..lang.syntax import Freeze, PathSelector, Patch, RegexSelector, Selector, SelectorUnion
+from ..lang.syntax import Freeze, Patch, PathSelector, RegexSelector, Selector, SelectorUnion
 from ..tree.select import Cover, compile_selector, match
 from ..tree.tree import Tree
 from .drafts import drafts
@@ -117,7 +117,9 @@ def _patch_verdicts(tree: Tree, rules: list[Rule], hit: Hit) -> Iterator[Verdict
         if not _has(one, hit):
             yield Verdict(rule.where, False, _why_not(tree, one, hit))
         elif rule.label in winners:
-            yield Verdict(rule.where, False, f"matches, but {winners[rule.label].rule.where} overrides `{rule.label}` here")
+            yield Verdict(
+                rule.where, False, f"matches, but {winners[rule.label].rule.where} overrides `{rule.label}` here"
+            )
         else:
             only = Reach(rule, [hit] if isinstance(hit, int) else [], [] if isinstance(hit, int) else [hit])
             made = drafts(tree, [only], None, [])
@@ -185,5 +187,3 @@ def _freeze_verdict(tree: Tree, rule: Rule, hit: Hit) -> Verdict:
         return Verdict(rule.where, False, f"{verb} `{rule.target_text()}`, but its `except` covers this")
     note = " (what patches add is excepted)" if rule.except_new else ""
     return Verdict(rule.where, True, f"{verb} its parameters{note}" if isinstance(hit, int) else f"{verb} it")
-
-

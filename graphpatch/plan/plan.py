@@ -57,7 +57,7 @@ class Step:
     after: str
     """The class before and after, as the plan shows it."""
 
-    def targets(self) -> Sequence[int] | list[Parameter]:
+    def targets(self) -> Sequence[int | Parameter]:
         return [(n, self.parameter) for n in self.nodes] if self.parameter else self.nodes
 
 
@@ -107,7 +107,9 @@ class Changes(Sequence[Change]):
                 yield self._change(step, node, op)
 
     def _change(self, step: Step, node: int, op: str) -> Change:
-        paths = self._tree.all_paths(node) if step.parameter is None else self._tree.parameter_paths((node, step.parameter))
+        paths = (
+            self._tree.all_paths(node) if step.parameter is None else self._tree.parameter_paths((node, step.parameter))
+        )
         return Change(paths[0], tuple(paths), step.rule, op)
 
     def __repr__(self) -> str:

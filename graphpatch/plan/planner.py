@@ -11,9 +11,9 @@ from ..tree.compress import compress
 from ..tree.tree import Mark, Parameter, Tree
 from .conflicts import settle
 from .drafts import Draft, drafts, steps
+from .expect import reach_all
 from .freeze import Added, Grads, Scope, added_by, count_trainable, decide, elements_in, freeze_scope
 from .plan import Outcome, Plan, Step, Totals
-from .expect import reach_all
 from .reach import Reach
 from .rules import match_rules, rules_in_force
 from .ruleset import RuleSet
@@ -85,9 +85,7 @@ def _wrapping_order(draft: Draft) -> tuple[int, tuple[int, int]]:
 # ── what the model carries already ──
 
 
-def _split_by_marks(
-    tree: Tree, wanted: Sequence[Step], findings: list[Diagnostic]
-) -> tuple[list[Step], list[Step]]:
+def _split_by_marks(tree: Tree, wanted: Sequence[Step], findings: list[Diagnostic]) -> tuple[list[Step], list[Step]]:
     """The steps to take, and those whose marks the model carries from an earlier apply of the same rule."""
     if not tree.marks:
         return list(wanted), []
@@ -173,24 +171,19 @@ def _parameters_in(tree: Tree, scope: Scope, added: Added) -> Iterable[Parameter
 # ── sums and reports ──
 
 
-def _totals(
-    tree: Tree, fresh: Sequence[Step], already: Sequence[Step], added: Added, grads: Grads | None
-) -> Totals:
-    rewritten = replaced = more = keys = moved = elements = size = 0
+def _totals(tree: Tree, fresh: Sequence[Step], already: Sequence[Step], added: Added, grads: Grads | None) -> Totals:
+    keys = moved = elements = size = 0
     for step in fresh:
         times = len(step.nodes)
-        rewritten += times * (step.op.symbol == "~")
-        replaced += times * (step.op.symbol == "-/+")
-        more += times * (step.op.symbol == "+")
         keys += times * len(step.adds)
         elements += _elements(step)
         size += times * sum(t.numel * _BYTES.get(t.dtype, 1) for t in step.adds.values())
         if step.op.exclusive:
             moved += sum(_keys_below(tree, node) for node in step.nodes)
     return Totals(
-        rewritten=rewritten,
-        replaced=replaced,
-        added_modules=more,
+        rewritten=_places(fresh, "~"),
+        replaced=_places(fresh, "-/+"),
+        added_modules=_places(fresh, "+"),
         parameters_before=tree.numel() + sum(_elements(step) for step in already),
         parameters_added=elements,
         bytes_added=size,
@@ -198,6 +191,11 @@ def _totals(
         keys_added=keys,
         keys_moved=moved,
     )
+
+
+def _places(steps: Sequence[Step], symbol: str) -> int:
+    """Modules and parameters that ops of this kind change, each once, however many ops it takes."""
+    return len({target for step in steps if step.op.symbol == symbol for target in step.targets()})
 
 
 def _elements(step: Step) -> int:
@@ -225,9 +223,7 @@ def _brief(ops: Sequence[Op]) -> str:
     return ops[0].text() if len(ops) == 1 else f"{ops[0].op}(...)"
 
 
-def _freeze_outcomes(
-    tree: Tree, reached: Sequence[Reach], scopes: Sequence[Scope], added: Added
-) -> Iterable[Outcome]:
+def _freeze_outcomes(tree: Tree, reached: Sequence[Reach], scopes: Sequence[Scope], added: Added) -> Iterable[Outcome]:
     for one, scope in zip(reached, scopes, strict=True):
         verb = "train" if scope.trainable else "freeze"
         yield Outcome(

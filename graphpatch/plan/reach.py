@@ -91,7 +91,9 @@ def _order(hit: Hit) -> tuple[bool, Hit]:
 
 def _unknown_attribute(tree: Tree, rule: Rule, chosen: Sequence[Hit], name: str) -> Diagnostic:
     if not tree.has_classes:
-        why = "this tree was read from safetensors headers and has no attributes; give the model's config or a .tree file"
+        why = (
+            "this tree was read from safetensors headers and has no attributes; give the model's config or a .tree file"
+        )
         return rule.scope.finding("GP408", f"`where {name}` cannot be judged", rule.statement.where.span, why)  # type: ignore[union-attr]
     has = sorted({a for s in {tree.signature_of[owner(h)] for h in chosen} for a in tree.signatures[s].attributes})
     near = did_you_mean(name, has)
@@ -135,12 +137,12 @@ def _dead_alternatives(tree: Tree, rule: Rule, chosen: Sequence[Hit]) -> Iterabl
         if seen >> at & 1:
             continue
         miss = near_miss(tree, rule.target, at)
-        yield rule.scope.finding("GP402", f"`{alternative.text}` matches nothing", alternative.span or miss.span, miss.text)
+        yield rule.scope.finding(
+            "GP402", f"`{alternative.text}` matches nothing", alternative.span or miss.span, miss.text
+        )
 
 
-def _less_excepted(
-    tree: Tree, rule: Rule, chosen: Sequence[Hit], result: Reach, findings: list[Diagnostic]
-) -> Reach:
+def _less_excepted(tree: Tree, rule: Rule, chosen: Sequence[Hit], result: Reach, findings: list[Diagnostic]) -> Reach:
     groups = list(rule.per_hits.nodes) if rule.per_hits else []
     kept: Sequence[Hit] = chosen
     if rule.excepted_hits is not None:
@@ -194,7 +196,8 @@ def _dead_excepts(tree: Tree, rule: Rule, chosen: Sequence[Hit], groups: Sequenc
     union, compiled, hits = rule.statement.except_, rule.excepted, rule.excepted_hits
     assert union is not None and compiled is not None and hits is not None
     below = _acts_below(tree, rule, chosen)
-    parts = list(enumerate(compiled.alternatives)) or [(None, Alternative("", union.span, 0))]
+    parts: list[tuple[int | None, Alternative]] = list(enumerate(compiled.alternatives))
+    parts = parts or [(None, Alternative("", union.span, 0))]
     for at, part in parts:
         if _names_role(compiled.union.branches[part.branch]):
             continue

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ..tree.compress import compress
-from ..tree.tree import Tree
-from .plan import Outcome, Plan, Step
+from ..tree.tree import Parameter, Tree
+from .plan import Outcome, Plan
 from .scope import show
 
 _NARROW, _RIGHT = 58, 42
@@ -28,11 +29,7 @@ def plan_text(plan: Plan, color: bool = False, verbose: bool = False, width: int
     numbered = _by_rule(plan)
     blocks = [
         [_outcome_row(outcome)]
-        + [
-            row
-            for step, symbol in numbered.get(outcome.rule, ())
-            for row in _step_rows(plan.tree, step, symbol, verbose)
-        ]
+        + [row for change in numbered.get(outcome.rule, ()) for row in _change_rows(plan.tree, change, verbose)]
         for outcome in plan.outcomes
     ]
     longest = max((len(row.left) for block in blocks for row in block), default=0)
@@ -64,13 +61,31 @@ def _heading(plan: Plan, paint: Any) -> str:
     return f"{head}{' ' * max(2, 84 - len(title))}{params}" if params else head
 
 
-def _by_rule(plan: Plan) -> Mapping[str, Sequence[tuple[Step, str]]]:
-    found: dict[str, list[tuple[Step, str]]] = {}
-    for step in plan.steps:
-        found.setdefault(step.rule, []).append((step, step.op.symbol))
-    for step in plan.already:
-        found.setdefault(step.rule, []).append((step, "="))
-    return found
+@dataclass
+class _Change:
+    """What one rule does alike, whatever the shapes."""
+
+    symbol: str
+    what: str
+    nodes: list[int] = field(default_factory=list)
+    parameters: list[Parameter] = field(default_factory=list)
+    gain: int = 0
+
+
+def _by_rule(plan: Plan) -> Mapping[str, Sequence[_Change]]:
+    found: dict[str, dict[tuple[str, str, str], _Change]] = {}
+    for steps, standing in ((plan.steps, None), (plan.already, "=")):
+        for step in steps:
+            symbol = standing or step.op.symbol
+            what = step.before if step.before == step.after else f"{step.before} -> {step.after}"
+            key = (symbol, step.op.text(), what)
+            change = found.setdefault(step.rule, {}).setdefault(key, _Change(symbol, what))
+            if step.parameter:
+                change.parameters += [(node, step.parameter) for node in step.nodes]
+            else:
+                change.nodes += step.nodes
+            change.gain += len(step.nodes) * sum(t.numel for t in step.adds.values())
+    return {rule: list(changes.values()) for rule, changes in found.items()}
 
 
 def _outcome_row(outcome: Outcome) -> _Row:
@@ -81,17 +96,17 @@ def _outcome_row(outcome: Outcome) -> _Row:
     return _Row(f"{outcome.rule:<14} {outcome.text}", f"{count:<13}{outcome.coverage}", _BOLD)
 
 
-def _step_rows(tree: Tree, step: Step, symbol: str, verbose: bool) -> Iterable[_Row]:
+def _change_rows(tree: Tree, change: _Change, verbose: bool) -> Iterable[_Row]:
+    nodes, parameters = sorted(change.nodes), sorted(change.parameters)
     if verbose:
-        paths = ["^" + tree.paths[n] + (f".{step.parameter}" if step.parameter else "") for n in step.nodes]
+        paths = [f"^{tree.paths[node]}" for node in nodes]
+        paths += [f"^{tree.parameter_paths(parameter)[0]}" for parameter in parameters]
     else:
-        parameters = [(n, step.parameter) for n in step.nodes] if step.parameter else []
-        paths = compress(tree, [] if step.parameter else step.nodes, parameters)
-    gain = sum(t.numel for t in step.adds.values()) * len(step.nodes)
-    change = step.before if step.before == step.after else f"{step.before} -> {step.after}"
+        paths = compress(tree, nodes, parameters)
     for at, path in enumerate(paths):
-        right = f"{change:<27}{'+' + amount(gain) if gain else ''}" if at == 0 else ""
-        yield _Row(f"  {symbol} {path}", right, _PAINT[symbol])
+        gain = f"+{amount(change.gain)}" if change.gain else ""
+        right = f"{change.what:<27}{gain}" if at == 0 else ""
+        yield _Row(f"  {change.symbol} {path}", right, _PAINT[change.symbol])
 
 
 def _summary(plan: Plan, paint: Any) -> Iterable[str]:

@@ -119,7 +119,12 @@ def _rule(statement: Patch | Freeze, scope: FileScope) -> Rule:
     selector, new = _without_new(statement.selector, scope)
     excepted, except_new = _without_new(statement.except_, scope) if statement.except_ else (None, False)
     if new and isinstance(statement, Patch):
-        scope.fail("GP224", "`@new` cannot be patched", statement.selector.span, "nothing that a patch creates is matched again")
+        scope.fail(
+            "GP224",
+            "`@new` cannot be patched",
+            statement.selector.span,
+            "nothing that a patch creates is matched again",
+        )
     if isinstance(statement, Freeze) and not statement.expect and not statement.where:
         selector = _shortest(selector)
     per = statement.expect.per if statement.expect else None

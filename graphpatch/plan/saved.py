@@ -51,5 +51,10 @@ def _body(text: str | bytes) -> dict[str, Any]:
 
 def _unreadable(why: str) -> PlanError:
     return PlanError(
-        Diagnostic("GP418", "this is no plan that can be read", text=(why,), fixes=("plan again: graphpatch plan ... --out plan.json",))
+        Diagnostic(
+            "GP418",
+            "this is no plan that can be read",
+            text=(why,),
+            fixes=("plan again: graphpatch plan ... --out plan.json",),
+        )
     )

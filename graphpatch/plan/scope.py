@@ -114,7 +114,9 @@ class FileScope:
     def name(self, dotted: str, span: Span | None) -> Any:
         head, *rest = dotted.split(".")
         if head != "config":
-            raise EvaluationError(f"`{head}` means nothing here: quote it if it is text, or write `${head}` if it is a param", span)
+            raise EvaluationError(
+                f"`{head}` means nothing here: quote it if it is text, or write `${head}` if it is a param", span
+            )
         return self._config(rest, span)
 
     def query(self, function: str, selector: SelectorUnion, span: Span | None) -> Any:

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from ..lang.diagnostics import Span
 from ..lang.evaluate import EvaluationError
-from ..lang.syntax import Expr, Name, Node, Var
+from ..lang.syntax import Name, Node, Var
 from ..tree.select import Hits
 from ..tree.tree import Parameter, Signature, Tensor, Tree
 from .scope import FileScope
@@ -56,7 +56,9 @@ def owner(hit: Hit) -> int:
     return hit if isinstance(hit, int) else hit[0]
 
 
-def by_difference(tree: Tree, hits: Hits, chosen: Sequence[Hit], what: Needs) -> Iterator[tuple[TargetFacts, list[Hit]]]:
+def by_difference(
+    tree: Tree, hits: Hits, chosen: Sequence[Hit], what: Needs
+) -> Iterator[tuple[TargetFacts, list[Hit]]]:
     """The chosen hits in groups that look the same to an expression with these needs."""
     groups: dict[Hashable, list[Hit]] = {}
     for hit in chosen:

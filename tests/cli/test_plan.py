@@ -16,7 +16,7 @@ def test_from_a_config_and_from_its_tree_it_is_the_same_plan(graphpatch, rules, 
     built, read = (graphpatch("plan", path, "--model", m) for m in (llama, llama_tree))
     assert built.code == read.code == 0
     assert built.out == read.out
-    assert "^model.layers[0:4].self_attn.q_proj" in built.out and "8 modules" in built.out
+    assert "^model.layers[0:4].self_attn.{q,v}_proj" in built.out and "8 modules" in built.out
     # rank 4, four layers: q is 64 -> 64, v is 64 -> 32
     assert "Trainable 3.58 k" in built.out and 4 * 4 * (64 + 64 + 64 + 32) == 3584
     assert graphpatch("plan", path, "--model", llama / "config.json").out == built.out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,7 +36,9 @@ def test_the_last_one_wins_in_file_order():
 
 
 def test_bias_and_norms_by_name_and_class():
-    assert trainable("freeze **\ntrain bias") == {f"model.layers.{i}.mlp.{p}_proj.bias" for i in range(3) for p in ("up", "down")}
+    assert trainable("freeze **\ntrain bias") == {
+        f"model.layers.{i}.mlp.{p}_proj.bias" for i in range(3) for p in ("up", "down")
+    }
     assert all("norm" in name for name in trainable("freeze **\ntrain :*Norm"))
 
 
@@ -55,7 +56,9 @@ def test_an_except_keeps_what_was_decided_before():
 
 
 def test_a_tied_parameter_is_one():
-    assert trainable("freeze ^lm_head", lm(layers=1, tied=True)).isdisjoint({"lm_head.weight", "model.embed_tokens.weight"})
+    assert trainable("freeze ^lm_head", lm(layers=1, tied=True)).isdisjoint(
+        {"lm_head.weight", "model.embed_tokens.weight"}
+    )
     names = trainable("freeze ** except ^lm_head", lm(layers=1, tied=True))
     assert names == {"model.embed_tokens.weight"}
 

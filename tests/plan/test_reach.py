@@ -84,7 +84,9 @@ def test_uneven_coverage_names_the_layers_and_what_they_have():
 
 def test_an_alternative_that_hits_25_of_30_layers_passes_without_expect_and_is_counted():
     tree = graphpatch.Tree.of(meta_lm(layers=30, value=lambda i: i % 6 != 5))
-    plan = graphpatch.parse("patch layers[*].self_attn.{q,v}_proj with lora(rank=2) expect >= 1 per layers[*]").plan(tree)
+    plan = graphpatch.parse("patch layers[*].self_attn.{q,v}_proj with lora(rank=2) expect >= 1 per layers[*]").plan(
+        tree
+    )
     assert "2 x 25 + 1 x 5" in str(plan)
 
 
@@ -148,7 +150,9 @@ def test_all_errors_of_a_file_come_at_once(tree):
 
 
 def test_captures_and_config_in_arguments(tree):
-    plan = graphpatch.parse("patch layers[i in *].mlp.up_proj with lora(rank=4 if $i < 12 else config.hidden_size)").plan(tree)
+    plan = graphpatch.parse(
+        "patch layers[i in *].mlp.up_proj with lora(rank=4 if $i < 12 else config.hidden_size)"
+    ).plan(tree)
     assert {c.op for c in plan.changes} == {"lora(rank=4)", "lora(rank=16)"}
     assert [c.op for c in plan.changes if c.path == "model.layers.11.mlp.up_proj"] == ["lora(rank=4)"]
 

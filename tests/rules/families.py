@@ -28,7 +28,7 @@ FAMILIES = {
 }
 
 
-def build(family: str):  # noqa: ANN201
+def build(family: str):
     """The family's model from its default config, on the meta device."""
     import torch
     import transformers

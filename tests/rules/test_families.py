@@ -70,7 +70,9 @@ NAMES = ("layers", "block", "attn", "embed", "scaled_embed", "head", "norm", "ro
 @pytest.mark.parametrize("family", ROLES)
 def test_roles_find_the_parts(family):
     one = tree(family)
-    assert {name: len(graphpatch.select(one, f"@{name}")) for name in NAMES} == dict(zip(NAMES, ROLES[family], strict=True))
+    assert {name: len(graphpatch.select(one, f"@{name}")) for name in NAMES} == dict(
+        zip(NAMES, ROLES[family], strict=True)
+    )
 
 
 def test_the_scaled_embedding_rule_spares_families_that_scale_already():

@@ -70,7 +70,14 @@ TARGETS: dict[str, Target] = {
     "rules": Target(
         rules,
         _rule_texts(),
-        [*"""use param alias require when patch freeze train map with then where except expect any per as overrides using and or\n        not in is if else true false none has( count( ( ) [ ] { } | . , : = == != < > + - * ** / // % ^ @ $ \" ' # \\ ; -> && || !\n        0 1 -1 1e999 0.5 99999999999999999999 [i in *] [0:3] [::-1] @qkv $i config.x q_proj {a,b} /a.*/ \ufeff \x00 \r\n é \u2028\n        (a+)+ True None layers[*] lora(rank=16) """.split(), "\n", " ", "\t", "\x00", "�"],
+        [
+            *"""use param alias require when patch freeze train map with then where except expect any per as overrides using and or\n        not in is if else true false none has( count( ( ) [ ] { } | . , : = == != < > + - * ** / // % ^ @ $ \" ' # \\ ; -> && || !\n        0 1 -1 1e999 0.5 99999999999999999999 [i in *] [0:3] [::-1] @qkv $i config.x q_proj {a,b} /a.*/ \ufeff \x00 \r\n é \u2028\n        (a+)+ True None layers[*] lora(rank=16) """.split(),
+            "\n",
+            " ",
+            "\t",
+            "\x00",
+            "�",
+        ],
     ),
 }
 

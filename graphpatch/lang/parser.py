@@ -9,7 +9,8 @@ from lark import Token, Tree
 from lark.exceptions import UnexpectedCharacters, UnexpectedToken
 from lark.parsers.lalr_analysis import Shift
 
-from .build import Builder, too_deep
+from .build import Builder
+from .build_expressions import too_deep
 from .diagnostics import Diagnostic, Place, RuleError, Source, Span
 from .grammar import grammar
 from .mistakes import explain

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from graphpatch.lang import build, expected, mistakes, parser
+from graphpatch.lang import build, build_expressions, expected, mistakes, parser
 from graphpatch.lang.diagnostics import RuleError
 from graphpatch.lang.parser import parse_rules
 
@@ -42,7 +42,8 @@ def test_no_word_of_the_parser_reaches_the_user() -> None:
 
 def test_every_code_of_the_parser_has_an_example() -> None:
     sources = "".join(
-        Path(str(module.__file__)).read_text(encoding="utf-8") for module in (build, expected, mistakes, parser)
+        Path(str(module.__file__)).read_text(encoding="utf-8")
+        for module in (build, build_expressions, expected, mistakes, parser)
     )
     codes = set(re.findall(r'"(GP1\d\d|GP206)"', sources)) - {
         "GP100",

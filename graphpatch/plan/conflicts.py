@@ -97,9 +97,8 @@ def _conflict(tree: Tree, one: Draft, other: Draft, hits: Sequence[Hit]) -> Diag
         + ("" if one.rule.label else f", and name the first with `as {label}`")
     ]
     if "adapter" in type(one.op).model_fields and type(one.op) is type(other.op):
-        fixes.append(
-            f'if both are meant: give each an adapter name, {other.op.op}(..., adapter="{other.rule.label or "second"}")'
-        )
+        name = other.rule.label or "second"
+        fixes.append(f'if both are meant: give each an adapter name, {other.op.op}(..., adapter="{name}")')
     return Diagnostic("GP407", f"two rules change {where}", tuple(places), tuple(text), tuple(fixes))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ..lang.diagnostics import Diagnostic, Error
 from ..lang.syntax import OpCall
@@ -64,7 +65,7 @@ def _ops(tree: Tree, reached: Reach, call: OpCall, adapter: str | None) -> Seque
 def _against_levels(rule: Rule, chain: Sequence[Draft]) -> list[Diagnostic]:
     by_position = {draft.order[1]: draft for draft in chain}
     ordered = [by_position[at] for at in sorted(by_position)]
-    for inner, outer in zip(ordered, ordered[1:], strict=False):
+    for inner, outer in pairwise(ordered):
         if inner.op.level > outer.op.level:
             return [
                 rule.scope.finding(
@@ -121,7 +122,8 @@ def _rewrite(op: Op, target: Target, has_classes: bool) -> str:
     """The import path of the rewrite: the first class of the target's MRO that stands in the op's table."""
     if target.parameter is not None and not op.accepts_parameters:
         raise Refusal(
-            f"`{op.op}` changes modules, and `{target.parameter}` is a parameter of {target.signature.cls or 'a module'}",
+            f"`{op.op}` changes modules, and `{target.parameter}` is a parameter of "
+            f"{target.signature.cls or 'a module'}",
             "end the selector at the module",
         )
     if not has_classes and op.accepts:

@@ -92,10 +92,12 @@ def _uneven(tree: Tree, reached: Reach, counts: Sequence[int], wrong: Sequence[i
     fewest = min(counts)
     fixes = []
     if expect.cmp == "==" and max(counts) > 0:
+        right = "if that is right for this model"
+        few = ", ".join(compress(tree, list(wrong))[:2])
         fixes.append(
-            f"if that is right for this model: `expect >= {fewest} per {per}`, or give those a rule of their own"
+            f"{right}: `expect >= {fewest} per {per}`, or give those a rule of their own"
             if fewest
-            else f"if that is right for this model, give {', '.join(compress(tree, list(wrong))[:2])} a rule of its own, or an `except`"
+            else f"{right}, leave {few} out with an `except`"
         )
     why = lacking(tree, reached.groups, reached.hits(), wrong)
     return reached.rule.scope.finding("GP405", f"expected {said} per {per}, {tally}", expect.span, why, tuple(fixes))

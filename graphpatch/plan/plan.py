@@ -1,4 +1,4 @@
-"""A plan: what a rule set would do to a tree, as data. Printing it is the dry run; applying it is the patch room's work."""
+"""A plan: what a rule set would do to a tree, as data. Printing it is the dry run; the patch room applies it."""
 
 from __future__ import annotations
 
@@ -176,8 +176,8 @@ class Plan:
         return import_module("graphpatch.patch.apply").apply_plan(self, model, tuple(allow_import))
 
     def refreeze(self, model: torch.nn.Module) -> NewTree | None:
-        """The freeze and train rules again, on the patched model as it stands: modules that an op brought in (`replace`,
-        `wrap`) have parameters that no plan can know. None where the rules have no freeze or train."""
+        """The freeze and train rules again, on the patched model as it stands: modules that an op brought in
+        (`replace`, `wrap`) have parameters that no plan can know. None where the rules have no freeze or train."""
         from .refreeze import refreeze
 
         return refreeze(self, model)
@@ -231,7 +231,8 @@ class Plan:
         return plan_text(self)
 
     def __repr__(self) -> str:
-        return f"<Plan of {self.rules.name} for {self.tree.title}: {len(self.changes)} changes, {self.trainable} trainable>"
+        what = f"{len(self.changes)} changes, {self.trainable} trainable"
+        return f"<Plan of {self.rules.name} for {self.tree.title}: {what}>"
 
 
 class Totals(NamedTuple):

@@ -192,7 +192,7 @@ def _all_excepted(rule: Rule, count: int) -> Diagnostic:
 
 
 def _dead_excepts(tree: Tree, rule: Rule, chosen: Sequence[Hit], groups: Sequence[int]) -> Iterable[Diagnostic]:
-    """Every literal part of an `except` that removes nothing; one that names a role may (a model need not have towers)."""
+    """Every literal part of an `except` that removes nothing; one that names a role may: not every model has towers."""
     union, compiled, hits = rule.statement.except_, rule.excepted, rule.excepted_hits
     assert union is not None and compiled is not None and hits is not None
     below = _acts_below(tree, rule, chosen)

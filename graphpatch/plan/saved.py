@@ -14,7 +14,10 @@ _NEEDED = ("format", "rules", "adapter", "allow_import", "fingerprint", "tree", 
 
 
 def plan_from_json(text: str | bytes) -> Plan:
-    """The plan that `Plan.to_json` wrote; raises `PlanError` (GP418, GP419) where it is none or means something else by now."""
+    """The plan that `Plan.to_json` wrote.
+
+    Raises `PlanError` where it is none (GP418), or means something else by now (GP419).
+    """
     body = _body(text)
     rules = RuleSet.from_json(json.dumps(body["rules"]))
     tree = Tree.from_text("\n".join(body["tree"]) + "\n", "the plan's tree")

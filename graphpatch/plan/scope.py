@@ -1,4 +1,4 @@
-"""Where names get their meaning: params, configs, captures and attributes, for each place an expression may stand in."""
+"""Where names get their meaning: params, configs and roles, for each place an expression may stand in."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ Hit = int | Parameter
 
 
 class Needs(NamedTuple):
-    """What the value of some expressions depends on, so that it is worked out once per difference and not per module."""
+    """What the value of some expressions depends on, so that it is worked out once per difference, not per module."""
 
     attributes: frozenset[str]
     captures: frozenset[str]

@@ -106,7 +106,7 @@ def test_any_order_agrees_with_a_naive_reading(statements, tied):
         f"{verb} {what}" + (f" except {but}" if but else "") for verb, what, but in statements
     )
     names = trainable(text, model)
-    assert names == {first for first in _naive(model, statements)}
+    assert names == set(_naive(model, statements))
 
 
 def _naive(model, statements) -> list[str]:

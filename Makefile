@@ -47,7 +47,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 fuzz: $(VENV)/.dev
-	$(BIN)/python tests/fuzz.py --seconds $(SECONDS_OF_FUZZING)
+	$(BIN)/python tests/fuzz.py $(SECONDS_OF_FUZZING)
 
 # ── to look at ──
 demo: $(VENV)/.demo

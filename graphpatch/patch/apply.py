@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -14,6 +12,7 @@ import torch
 from torch import nn
 
 from ..lang.diagnostics import ApplyError, Diagnostic, Error
+from ..tree.collection import no_collection
 from ..tree.tree import Tree
 from .change import ModuleChange
 from .drift import bind, unwrapped
@@ -77,7 +76,7 @@ def apply_plan(plan: Plan, model: nn.Module, allow_import: Sequence[str] = ()) -
     journal = Journal(plan.id, plan.record, tree.names, tree.parents)
     try:
         # Parameters made in inference mode could never be trained.
-        with torch.inference_mode(False), torch.no_grad(), _no_collection():
+        with torch.inference_mode(False), torch.no_grad(), no_collection():
             anew = any(isinstance(change, ModuleChange) for change in changes)
             if plan.grads is not None and not anew:
                 # Before anything is added, what is added need not be passed over.
@@ -102,19 +101,6 @@ def apply_plan(plan: Plan, model: nn.Module, allow_import: Sequence[str] = ()) -
             )
         ) from error
     return Patch(root, journal)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """No garbage collection inside. Hundreds of thousands of new objects, none of them garbage, would set off a full
-    one, which on a model of 60,000 modules takes as long as all the rest."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 def _freeze_anew(plan: Plan, tree: Tree, root: nn.Module, journal: Journal) -> None:

@@ -7,6 +7,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from ..lang.program import Program, load_program, parse_program
+from ..tree.collection import no_collection
 from ..tree.tree import Tree
 
 if TYPE_CHECKING:
@@ -39,8 +40,9 @@ class RuleSet:
         """
         from .planner import make_plan
 
-        tree = model_or_tree if isinstance(model_or_tree, Tree) else Tree.of(model_or_tree)
-        return make_plan(self, tree, adapter, allow_import)
+        with no_collection():
+            tree = model_or_tree if isinstance(model_or_tree, Tree) else Tree.of(model_or_tree)
+            return make_plan(self, tree, adapter, allow_import)
 
     def to_json(self) -> str:
         """JSON of the same models the parser makes, with the text of each file."""

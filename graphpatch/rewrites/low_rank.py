@@ -30,6 +30,7 @@ def fusible(x: Tensor, weight: Tensor) -> bool:
         and x.dtype == weight.dtype
         and x.dim() > 1
         and not x.is_nested
+        and not x.is_meta  # of which autocast knows nothing, and raises
         and not torch.is_autocast_enabled(x.device.type)
         and not _observed()
     )
@@ -60,9 +61,10 @@ class LinearWithLowRank(torch.autograd.Function):
         ctx: Any, x: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
     ) -> Tensor:
         source = x if z is None else z
-        h = linear(source, a.to(x.dtype))
+        h = linear(source, _as(a, x.dtype))
         y = linear(x, weight, bias)
-        y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), b.to(x.dtype).t(), alpha=scale)
+        # `view`, which would refuse to copy: the sum must land in y.
+        (y if y.dim() == 2 else y.view(-1, y.shape[-1])).addmm_(_rows(h), _as(b, x.dtype).t(), alpha=scale)
         needs = ctx.needs_input_grad
         trained = needs[4] or needs[5]
         ctx.scale, ctx.own_input = scale, z is None
@@ -82,11 +84,11 @@ class LinearWithLowRank(torch.autograd.Function):
         need_x, need_z, need_weight, need_bias, need_a, need_b, _ = ctx.needs_input_grad
         grad, scale, again = grads[0], ctx.scale, torch.is_grad_enabled()
         shape, dtype = grad.shape[:-1], grad.dtype
-        g = grad.reshape(-1, grad.shape[-1])
+        g = _rows(grad)
         source: Any = x if ctx.own_input else z
         if source is not None:
-            source = source.reshape(-1, source.shape[-1])
-        a_, b_ = a.to(dtype), b.to(dtype)
+            source = _rows(source)
+        a_, b_ = _as(a, dtype), _as(b, dtype)
 
         grad_x = grad_z = grad_weight = grad_bias = grad_a = grad_b = None
         if need_a or need_z or (need_x and ctx.own_input):
@@ -97,7 +99,7 @@ class LinearWithLowRank(torch.autograd.Function):
                 grad_z = back.mm(a_).view(*shape, a.shape[1])
         if need_b:
             # The saved product is a constant; a second derivative goes through it to z and A.
-            inner = linear(source, a_) if again else h.view(-1, h.shape[-1])
+            inner = linear(source, a_) if again else _rows(h)
             grad_b = g.t().mm(inner if scale == 1.0 else inner * scale).to(b.dtype)
         if need_x:
             if ctx.own_input:
@@ -106,7 +108,19 @@ class LinearWithLowRank(torch.autograd.Function):
                 grad_x = g.mm(weight)
             grad_x = grad_x.view(*shape, weight.shape[1])
         if need_weight:
-            grad_weight = g.t().mm(x.reshape(-1, x.shape[-1]))
+            grad_weight = g.t().mm(_rows(x))
         if need_bias:
             grad_bias = g.sum(0)
         return grad_x, grad_z, grad_weight, grad_bias, grad_a, grad_b, None
+
+
+# Calls that change nothing cost as much as small products do.
+
+
+def _rows(t: Tensor) -> Tensor:
+    """(..., n) as a matrix."""
+    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+
+
+def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype == dtype else t.to(dtype)

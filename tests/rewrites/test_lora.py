@@ -44,6 +44,23 @@ def factors(ours, theirs):
     return [ours[0].lora_A, ours[0].lora_B], [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
 
 
+@pytest.mark.parametrize("turn", [(1, 0, 2), (2, 0, 1), (0, 2, 1)])
+def test_inputs_that_are_not_contiguous(turn):
+    ours = patched(linear())
+    theirs = peft_like(linear(), ours)
+    back = [turn.index(i) for i in range(3)]
+    x = torch.randn([(2, 4, 7)[i] for i in turn]).permute(back).requires_grad_()
+    assert not x.is_contiguous()
+    near(ours(x), theirs(x))
+    weights = torch.randn(2, 5, 4).transpose(1, 2)
+    for a, b in zip(
+        torch.autograd.grad((ours(x) * weights).sum(), [x, ours[0].lora_A]),
+        torch.autograd.grad((theirs(x) * weights).sum(), [x, factors(ours, theirs)[1][0]]),
+        strict=True,
+    ):
+        near(a, b)
+
+
 def near(a: torch.Tensor, b: torch.Tensor) -> None:
     """Equal within 1e-6 of the largest element."""
     assert a.shape == b.shape

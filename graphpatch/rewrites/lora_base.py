@@ -1,0 +1,64 @@
+"""What LoRA is on a module of any kind; how its update is computed stands in a file for each kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from ..ops.lora import Lora
+from ..ops.op import Op
+from .rewrite import InPlace
+
+
+class Adapter(NamedTuple):
+    """One adapter on a module: the names of its factors there, and what to do with them."""
+
+    a: str
+    b: str
+    scale: float
+    dropout: float
+    init: str
+    text: str
+
+
+class LoraModule(InPlace):
+    """Adds every adapter's update to what the class below computes from the same input."""
+
+    level: ClassVar[int] = Lora.level
+    entries: ClassVar[str] = "_lora"
+    _lora: tuple[Adapter, ...]
+
+    @classmethod
+    def entry(cls, op: Op) -> Adapter:
+        lora = cast(Lora, op)
+        return Adapter(*lora.keys, lora.scale, lora.dropout, lora.init, lora.text())
+
+    @classmethod
+    def initialise(cls, entry: Adapter, tensors: Mapping[str, Tensor]) -> None:
+        """A as PEFT has it: kaiming uniform with a = sqrt(5), which is uniform in +-1/sqrt(fan-in); B zero."""
+        a, b = tensors[entry.a], tensors[entry.b]
+        with torch.no_grad():
+            if entry.init == "gaussian":
+                a.normal_(std=1 / a.shape[0])
+            else:
+                bound = (a.numel() / a.shape[0]) ** -0.5
+                a.uniform_(-bound, bound)
+            b.zero_()
+
+    def reset_parameters(self) -> None:
+        """The base's own reset, and fresh factors: `to_empty` and `reset_parameters` leave no garbage behind."""
+        reset = getattr(super(), "reset_parameters", None)
+        if reset is not None:
+            reset()
+        for adapter in self._lora:
+            self.initialise(adapter, {name: getattr(self, name) for name in (adapter.a, adapter.b)})
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self._add_all(super().forward(input, *args, **kwargs), input)
+
+    def _add_all(self, output: Tensor, input: Tensor) -> Tensor:
+        """The output and every adapter's update."""
+        raise NotImplementedError

@@ -1,0 +1,292 @@
+"""LoRA on modules other than `nn.Linear`, kind by kind: against PEFT with the same factors, and against the formula."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import NamedTuple
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+import graphpatch
+
+
+class Kind(NamedTuple):
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    """Of an input."""
+    delta: Callable[[Tensor, Tensor], Tensor]
+    """From A and B what the weight gains, for a scale of one."""
+    rank: int = 3
+    peft: bool = True
+    """Whether PEFT computes the same here."""
+    rows: int = 0
+    """The input is indices below this number."""
+
+    def input(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        torch.manual_seed(2)
+        if self.rows:
+            return torch.randint(self.rows, self.shape)
+        return torch.randn(self.shape, dtype=dtype, requires_grad=True)
+
+    def model(self, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(self.make()).to(dtype)
+
+
+def transposed(a: Tensor, b: Tensor) -> Tensor:
+    return (b @ a).t()
+
+
+KINDS = {
+    "Conv1D": Kind(lambda: Conv1D(5, 7), (2, 4, 7), transposed),
+    "Conv1D on one row": Kind(lambda: Conv1D(5, 7), (4, 7), transposed),
+}
+every = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+
+
+def apply(model: nn.Module, kind: Kind, arguments: str = "", trained: bool = True) -> graphpatch.Patch:
+    """LoRA with alpha = 2 rank on the module `0`; where `trained`, with factors that are not zero."""
+    rules = f"patch ^0 with lora(rank={kind.rank}, alpha={2 * kind.rank}{arguments})\nfreeze ** except @new"
+    patch = graphpatch.apply(model, graphpatch.parse(rules))
+    if trained:
+        torch.manual_seed(1)
+        for parameter in patch.trainable_parameters():
+            nn.init.normal_(parameter)
+    return patch
+
+
+def peft_like(kind: Kind, patched: nn.Module, autocast: bool = True, dtype=torch.float32, **options) -> nn.Module:
+    """PEFT's LoRA on the same base, with the same factors."""
+    config = peft.LoraConfig(target_modules=["0"], r=kind.rank, lora_alpha=2 * kind.rank, **options)
+    theirs = peft.get_peft_model(kind.model(dtype), config, autocast_adapter_dtype=autocast)
+    for mine, yours in zip(factors(patched), peft_factors(theirs), strict=True):
+        yours.data.copy_(mine)
+    return theirs
+
+
+def factors(model: nn.Module) -> list[Tensor]:
+    return [model[0].lora_A, model[0].lora_B]
+
+
+def peft_factors(theirs: nn.Module) -> list[Tensor]:
+    layer = theirs.base_model.model[0]
+    if layer.lora_embedding_A:
+        return [layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]]
+    return [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+
+
+def inputs(x: Tensor) -> list[Tensor]:
+    return [x] if x.requires_grad else []
+
+
+def near(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
+    """Equal within the tolerance, of the largest element."""
+    assert a.shape == b.shape and a.dtype == b.dtype
+    assert (a - b).abs().max() <= tolerance * max(1.0, b.abs().max().item())
+
+
+def like_peft(kind: Kind, options: str = "", peft_options: dict | None = None, train: bool = True) -> None:
+    ours = kind.model()
+    apply(ours, kind, options)
+    theirs = peft_like(kind, ours, **(peft_options or {}))
+    ours.train(train), theirs.train(train)
+    x = kind.input()
+
+    def both() -> list[Tensor]:
+        return [(torch.manual_seed(3), model(x))[1] for model in (ours, theirs)]
+
+    y, z = both()
+    near(y, z)
+    weights = torch.randn_like(y)
+    mine = torch.autograd.grad((y * weights).sum(), [*inputs(x), *factors(ours)])
+    yours = torch.autograd.grad((z * weights).sum(), [*inputs(x), *peft_factors(theirs)])
+    for a, b in zip(mine, yours, strict=True):
+        near(a, b)
+    with torch.no_grad():
+        near(*both())
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@every
+def test_forward_and_gradients_are_those_of_peft(kind, rslora):
+    if not kind.peft:
+        pytest.skip("PEFT has another form, or none")
+    like_peft(kind, f", use_rslora={str(rslora).lower()}", {"use_rslora": rslora})
+
+
+@pytest.mark.parametrize("train", [False, True])
+@every
+def test_dropout_is_that_of_peft(kind, train):
+    if not kind.peft or kind.rows:
+        pytest.skip("PEFT has another form, or none; its embeddings ignore dropout")
+    like_peft(kind, ", dropout=0.5", {"lora_dropout": 0.5}, train)
+
+
+@every
+def test_forward_and_gradients_are_those_of_the_patched_weight(kind):
+    """Those of the base too, where it trains along."""
+    ours, plain = kind.model(), kind.model()
+    apply(ours, kind)
+    ours.requires_grad_(True)
+    x, (a, b) = kind.input(), factors(ours)
+    state = {**dict(plain.named_parameters()), "0.weight": plain[0].weight + 2 * kind.delta(a, b)}
+    y, z = ours(x), functional_call(plain, state, (x,))
+    near(y, z)
+    weights, wanted = torch.randn_like(y), [*inputs(x), a, b]
+    mine, yours = (
+        torch.autograd.grad(
+            (out * weights).sum(), [*wanted, *(model[0]._parameters[name] for name in plain[0]._parameters)]
+        )
+        for out, model in ((y, ours), (z, plain))
+    )
+    for one, other in zip(mine, yours, strict=True):
+        near(one, other)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@every
+def test_on_a_bf16_base(kind, dtype):
+    """Computed in bf16 (8 bits of mantissa), within 3 % of a float64 reference; float32 factors have float32
+    gradients."""
+    ours = kind.model(torch.bfloat16)
+    apply(ours, kind, f', dtype="{dtype}"' if dtype else "")
+    assert ours[0].lora_A.dtype == ours[0].lora_B.dtype == (torch.bfloat16 if dtype else torch.float32)
+    exact = kind.model(torch.bfloat16).double()
+    apply(exact, kind)
+    for to, source in zip(factors(exact), factors(ours)):
+        to.data.copy_(source.to(torch.bfloat16))
+    x = kind.input(torch.bfloat16)
+    y, z = ours(x), exact(x.double() if x.is_floating_point() else x)
+    assert y.dtype == torch.bfloat16
+    assert (y.double() - z).abs().max() < 0.03 * z.abs().max()
+    grads = torch.autograd.grad(y.sum(), factors(ours))
+    assert [g.dtype for g in grads] == [f.dtype for f in factors(ours)]
+    for a, b in zip(grads, torch.autograd.grad(z.sum(), factors(exact)), strict=True):
+        assert (a.double() - b).abs().max() < 0.03 * b.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@every
+def test_identity_at_init_is_bit_exact(kind, dtype):
+    plain, model = kind.model(dtype), kind.model(dtype)
+    apply(model, kind, trained=False)
+    x = kind.input(dtype)
+    assert torch.equal(model(x), plain(x))
+    with torch.no_grad():
+        assert torch.equal(model(x), plain(x))
+    assert any(p.count_nonzero() for p in factors(model)) and not all(p.count_nonzero() for p in factors(model))
+
+
+@every
+def test_initialised_as_peft_does(kind):
+    torch.manual_seed(4)
+    ours = kind.model()
+    apply(ours, kind, trained=False)
+    config = peft.LoraConfig(target_modules=["0"], r=kind.rank)
+    if kind.peft:
+        theirs = peft_factors(peft.get_peft_model(kind.model(), config))
+        assert [p.shape for p in factors(ours)] == [p.shape for p in theirs]
+        for mine, yours in zip(factors(ours), theirs):
+            assert bool(mine.count_nonzero()) == bool(yours.count_nonzero())
+    weight = ours[0].weight
+    assert kind.delta(*factors(ours)).shape == weight.shape
+
+
+@every
+def test_reverted_the_module_is_what_it_was(kind):
+    model = kind.model()
+    layer, weight = model[0], model[0].weight
+    before, cls, held = copy.deepcopy(model.state_dict()), type(layer), list(layer.__dict__)
+    patch = apply(model, kind)
+    x = kind.input()
+    assert set(model.state_dict()) == {*before, "0.lora_A", "0.lora_B"}
+    assert set(patch.adapter_state_dict()) == {"0.lora_A", "0.lora_B"}
+    assert repr(model).count("lora(rank=") == 1 and isinstance(layer, cls)
+    changed = model(x)
+    with patch.disabled():
+        assert torch.equal(model(x), kind.model()(x))
+    assert torch.equal(model(x), changed) and not torch.equal(changed, kind.model()(x))
+    patch.revert()
+    assert model[0] is layer and layer.weight is weight and type(layer) is cls and list(layer.__dict__) == held
+    assert weight.requires_grad and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@every
+def test_named_adapters_add_up(kind):
+    model, plain = kind.model(), kind.model()
+    rules = "\n".join(f'patch ^0 with lora(rank={kind.rank}, adapter="{name}")' for name in "ab")
+    patch = graphpatch.apply(model, graphpatch.parse(rules + "\nfreeze ** except @new"))
+    for parameter in patch.trainable_parameters():
+        nn.init.normal_(parameter)
+    layer, x = model[0], kind.input()
+    delta = kind.delta(layer.lora_A_a, layer.lora_B_a) + kind.delta(layer.lora_A_b, layer.lora_B_b)
+    near(
+        model(x), functional_call(plain, {**dict(plain.named_parameters()), "0.weight": plain[0].weight + delta}, (x,))
+    )
+
+
+@every
+def test_copies_and_pickles_compute_the_same_and_revert(kind):
+    model, x = kind.model(), kind.input()
+    apply(model, kind)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(x), model(x)) and other[0].lora_A is not model[0].lora_A
+        graphpatch.patches(other)[0].revert()
+        assert torch.equal(other(x), kind.model()(x))
+
+
+@every
+def test_on_the_meta_device_and_reset_from_there(kind):
+    model = kind.model().to("meta")
+    apply(model, kind, trained=False)
+    assert all(p.is_meta for p in factors(model)) and model(kind.input().to("meta")).is_meta
+    model.to_empty(device="cpu")
+    model[0].reset_parameters()
+    torch.nn.init.normal_(model[0].weight)
+    assert all(p.isfinite().all() and p.abs().max() < 10 for p in factors(model))
+    assert kind.delta(*factors(model)).count_nonzero() == 0
+
+
+@every
+def test_under_autocast(kind):
+    model, x = kind.model(), kind.input()
+    apply(model, kind)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = model(x)
+        assert y.dtype == kind.model()(x).dtype
+    assert (y - model(x)).abs().max() < 0.03 * model(x).abs().max()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(y.float().sum(), factors(model)))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@every
+def test_checkpointed(kind, reentrant):
+    model, x = kind.model(), kind.input()
+    apply(model, kind)
+    wanted = [*inputs(x), *factors(model)]
+    plain = torch.autograd.grad(model(x).pow(2).sum(), wanted)
+    # The reentrant kind asks for an input that has a gradient, which indices have not.
+    if reentrant and kind.rows:
+        anchor = torch.zeros((), requires_grad=True)
+        checkpoint(lambda anchor: model(x) + anchor, anchor, use_reentrant=True).pow(2).sum().backward()
+    else:
+        checkpoint(model, x, use_reentrant=reentrant).pow(2).sum().backward()
+    for a, b in zip(plain, wanted, strict=True):
+        near(a, b.grad)
+
+
+@every
+def test_compiled_and_exported(kind):
+    model, x = kind.model(), kind.input()
+    apply(model, kind)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    near(compiled(x), model(x))
+    near(torch.export.export(model.eval(), (x.detach(),)).module()(x), model(x))

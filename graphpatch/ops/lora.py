@@ -9,10 +9,9 @@ from pydantic import field_validator
 from ..tree.tree import Tensor
 from .arguments import Count, Flag, Real, Share
 from .calls import refuse_uncalled
+from .lora_shapes import factor_shapes
 from .op import Op, Refusal, Target
 from .registry import register
-
-_FLOATS = ("float64", "float32", "bfloat16", "float16")
 
 
 @register("lora")
@@ -24,10 +23,15 @@ class Lora(Op):
     Beside a base of half precision the factors are float32 (masters for the optimizer), and the sum is computed in the
     dtype of the input; a rank above min(in, out) is allowed, and no more expressive than min(in, out).
 
+    The `Conv1D` of Transformers (GPT-2) is a linear whose weight is stored (in, out); its factors are a linear's.
+
     Hu et al., LoRA, arXiv:2106.09685, section 4.1. Kalajdzievski, rsLoRA, arXiv:2312.03732, section 3.
     """
 
-    accepts: ClassVar = {"torch.nn.modules.linear.Linear": "graphpatch.rewrites.lora:LoraLinear"}
+    accepts: ClassVar = {
+        "torch.nn.modules.linear.Linear": "graphpatch.rewrites.lora:LoraLinear",
+        "transformers.pytorch_utils.Conv1D": "graphpatch.rewrites.lora_conv1d:LoraConv1D",
+    }
     level: ClassVar[int] = 10
     exact_at_init: ClassVar[bool] = True
     merges: ClassVar[bool] = True
@@ -78,7 +82,7 @@ class Lora(Op):
                 f"{target.signature.cls} does not know its shape yet",
                 "run the model once on a batch, so that its lazy modules take their shapes, then patch",
             )
-        self._shape(target)
+        factor_shapes(target.signature, self.rank)
         taken = [k for k in self.keys if k in target.signature.parameters or k in target.signature.buffers]
         if taken:
             raise Refusal(
@@ -87,23 +91,10 @@ class Lora(Op):
             )
 
     def adds(self, target: Target) -> dict[str, Tensor]:
-        out, in_ = self._shape(target)
         weight = target.signature.parameters.get("weight")
         dtype = self.dtype or (weight.dtype if weight and weight.dtype in ("float64", "float32") else "float32")
-        a, b = self.keys
-        return {a: Tensor((self.rank, in_), dtype), b: Tensor((out, self.rank), dtype)}
+        shapes = factor_shapes(target.signature, self.rank)
+        return {key: Tensor(shape, dtype) for key, shape in zip(self.keys, shapes)}
 
     def after(self, target: Target) -> str:
         return f"LoRA {target.signature.cls}"
-
-    def _shape(self, target: Target) -> tuple[int, int]:
-        """(out, in). Attributes first: a packed 4-bit weight has another shape, a parametrised one is absent."""
-        facts = target.signature.attributes
-        out, in_ = facts.get("out_features"), facts.get("in_features")
-        if isinstance(out, int) and isinstance(in_, int) and out > 0 and in_ > 0:
-            return out, in_
-        weight = target.signature.parameters.get("weight")
-        if weight is None or len(weight.shape) != 2 or 0 in weight.shape:
-            has = f"one of shape {list(weight.shape)}" if weight else "none"
-            raise Refusal(f"lora needs a weight of two dimensions, and {target.signature.cls} has {has}")
-        return weight.shape[0], weight.shape[1]

@@ -83,14 +83,12 @@ def _conflict(tree: Tree, one: Draft, other: Draft, hits: Sequence[Hit]) -> Diag
     places, text = [], []
     for draft in (one, other):
         all_shared = ", all shared" if len(draft.hits) == len(hits) else ""
-        said = f"{draft.op.text()}   {len(draft.hits)} modules{all_shared}"
+        many = f"{len(draft.hits)} module{'s' * (len(draft.hits) != 1)}{all_shared}"
         span = draft.rule.statement.span
         if span:
-            places.append(
-                Place(draft.rule.scope.source, draft.call.span or span, f"{len(draft.hits)} modules{all_shared}")
-            )
+            places.append(Place(draft.rule.scope.source, draft.call.span or span, many))
         else:
-            text.append(said)
+            text.append(f"{draft.op.text()}   {many}")
     label = one.rule.label or "base"
     fixes = [
         f"if the second is meant to win: `... with {other.op.text()} overrides {label}`"

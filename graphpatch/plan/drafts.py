@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -10,7 +10,7 @@ from ..lang.diagnostics import Diagnostic, Error
 from ..lang.syntax import OpCall
 from ..ops.op import Op, Refusal, Target
 from ..tree.compress import compress
-from ..tree.tree import Tensor, Tree
+from ..tree.tree import Parameter, Tensor, Tree
 from .opcall import build_op
 from .plan import Step
 from .reach import Reach
@@ -80,7 +80,7 @@ def _against_levels(rule: Rule, chain: Sequence[Draft]) -> list[Diagnostic]:
 
 def steps(tree: Tree, draft: Draft, findings: list[Diagnostic]) -> list[Step]:
     """The draft's targets by signature, each checked by the op; refusals go to `findings`."""
-    groups: dict[tuple[int, int, str | None], list[int]] = {}
+    groups: dict[_Alike, list[int]] = {}
     for hit in draft.hits:
         node, parameter = (hit, None) if isinstance(hit, int) else hit
         parent = tree.parents[node]
@@ -88,10 +88,10 @@ def steps(tree: Tree, draft: Draft, findings: list[Diagnostic]) -> list[Step]:
         groups.setdefault(key, []).append(node)
     merged: dict[tuple[int, str | None], Step] = {}
     refused: dict[tuple[str, tuple[str, ...], str], list[Hit]] = {}
-    for (signature, parent, parameter), nodes in groups.items():
+    for (signature, parent, parameter), nodes, tied in _by_ties(tree, groups):
         facts = tree.signatures[signature]
         above = tree.signatures[parent] if parent >= 0 else None
-        target = Target(_path(tree, nodes[0]), facts, parameter, above)
+        target = Target(_path(tree, nodes[0]), facts, parameter, above, tied)
         try:
             rewrite = _rewrite(draft.op, target, tree.has_classes)
             draft.op.check(target)
@@ -111,6 +111,31 @@ def steps(tree: Tree, draft: Draft, findings: list[Diagnostic]) -> list[Step]:
         step.nodes.sort()
     findings += _refusals(tree, draft, refused)
     return list(merged.values())
+
+
+_Alike = tuple[int, int, str | None]
+"""What targets are grouped by: their signature, their parent's, and the parameter's name."""
+
+
+def _by_ties(
+    tree: Tree, groups: Mapping[_Alike, list[int]]
+) -> Iterator[tuple[_Alike, list[int], Mapping[str, tuple[str, ...]]]]:
+    """The groups, and apart from them each node that shares a parameter with another, with the paths of that."""
+    ties: dict[int, dict[str, tuple[str, ...]]] = {}
+    same: dict[Parameter, list[Parameter]] = {}
+    for alias, first in tree.ties:
+        same.setdefault(first, [first]).append(alias)
+    for tied in same.values():
+        for node, name in tied:
+            others = tuple(f"{_path(tree, n)}.{p}".lstrip(".") for n, p in tied if n != node)
+            if others:
+                ties.setdefault(node, {})[name] = others
+    for key, nodes in groups.items():
+        apart = [node for node in nodes if node in ties] if ties else []
+        for node in apart:
+            yield key, [node], ties[node]
+        if len(apart) < len(nodes):
+            yield key, [node for node in nodes if node not in ties] if apart else nodes, {}
 
 
 def _path(tree: Tree, node: int) -> str:
@@ -141,7 +166,7 @@ def _refusals(tree: Tree, draft: Draft, refused: dict[tuple[str, tuple[str, ...]
     found = []
     for (why, fixes, code), hits in refused.items():
         paths = compress(tree, [h for h in hits if isinstance(h, int)], [h for h in hits if not isinstance(h, int)])
-        few = ", ".join(p.removeprefix("^") for p in paths[:2]) + (
+        few = ", ".join(p.removeprefix("^") or "^" for p in paths[:2]) + (
             f" and {len(paths) - 2} more" if len(paths) > 2 else ""
         )
         found.append(

@@ -10,7 +10,7 @@ from operator import eq, ge, gt, le, lt, ne
 from ..lang.diagnostics import Diagnostic
 from ..lang.formatter import format_selector
 from ..tree.compress import compress
-from ..tree.nearmiss import lacking
+from ..tree.nearmiss import lacking, near_miss
 from ..tree.select import Cover
 from ..tree.tree import Tree
 from .reach import Reach, reach
@@ -38,7 +38,7 @@ def hold(tree: Tree, reached: Reach) -> Iterable[Diagnostic]:
     expect = rule.statement.expect
     if expect is None or expect.count is None or (expect.any and not len(reached)):
         return
-    wanted = rule.scope.integer(expect.count)
+    wanted = rule.scope.integer(expect.count, "what `expect` counts")
     compare = _COMPARE[expect.cmp]
     said = f"{'' if expect.cmp == '==' else expect.cmp + ' '}{wanted}"
     if expect.per is None:
@@ -50,7 +50,9 @@ def hold(tree: Tree, reached: Reach) -> Iterable[Diagnostic]:
         return
     per = format_selector(expect.per)
     if not reached.groups:
-        yield rule.scope.finding("GP411", f"`per {per}` matches no module to count in", expect.per.span)
+        assert rule.per is not None and rule.per_hits is not None
+        why = "the `except` covers all of them" if rule.per_hits.nodes else near_miss(tree, rule.per, None).text
+        yield rule.scope.finding("GP411", f"`per {per}` matches no module to count in", expect.per.span, why)
         return
     counts, outside = _count(tree, reached)
     if outside:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from ..lang.diagnostics import Diagnostic, PlanError, did_you_mean
 from ..lang.formatter import format_expression, format_selector
-from ..lang.syntax import Freeze, Patch, PathSelector, RegexSelector, Selector, SelectorUnion
+from ..lang.syntax import Every, Freeze, Index, Patch, PathSelector, RegexSelector, Selector, SelectorUnion
+from ..tree.nearmiss import listed
 from ..tree.select import Cover, compile_selector, match
 from ..tree.tree import Tree
 from .drafts import drafts
@@ -48,6 +49,14 @@ class Explanation:
     @property
     def touched_by(self) -> list[str]:
         return [v.rule for v in self.verdicts if v.touches]
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "path": self.path,
+            "what": self.what,
+            "carries": list(self.carries),
+            "rules": [{"rule": v.rule, "touches": v.touches, "text": v.text} for v in self.verdicts],
+        }
 
     def __str__(self) -> str:
         lines = [f"{self.path or 'the root'}  ({self.what})"]
@@ -92,13 +101,14 @@ def _find(tree: Tree, path: str) -> Hit:
     while depth < len(parts) and (below := tree.find(".".join(parts[: depth + 1]))) is not None:
         at, depth = below, depth + 1
     names = [tree.names[child] for child in tree.children(at)] + list(tree.signature(at).parameters)
+    near = "" if parts[depth].isdigit() else did_you_mean(parts[depth], names)
     where = tree.paths[at] or "the root"
     raise PlanError(
         Diagnostic(
             "GP441",
             f"there is no `{path}` in this model",
-            text=(f"{where} has no `{parts[depth]}`; it has {', '.join(names[:12]) or 'no children'}",),
-            fixes=tuple(filter(None, [did_you_mean(parts[depth], names)])),
+            text=(f"{where} has no `{parts[depth]}`; it has {listed(tree, [at]) if names else 'no children'}",),
+            fixes=(near,) if near else (),
         )
     )
 
@@ -158,14 +168,30 @@ def _stopped(tree: Tree, rule: Rule, branch: Selector, hit: Hit) -> str:
             return f"the path matches, but {tree.signature(owner(hit)).cls or 'it'} is no {branch.cls}"
     if branch.cls and not branch.steps:
         return f"{tree.signature(owner(hit)).cls or 'it'} is no {branch.cls}"
-    for length in range(len(branch.steps) - 1, 0, -1):
+    for length in range(len(branch.steps) - 1, -1, -1):
         begin = branch.model_copy(update={"steps": branch.steps[:length], "cls": None})
-        below = [h for h in _hits(tree, rule, begin) if owner(h) in line]
+        below = [h for h in _hits(tree, rule, begin) if owner(h) in line] if length else []
+        if below or not length:
+            left_out = _left_out(tree, rule, branch, length, line)
+            if left_out:
+                return left_out
         if below:
             rest = format_selector(PathSelector(steps=branch.steps[length:], cls=branch.cls))
             reached = max(owner(h) for h in below)
             return f"`{format_selector(begin)}` matches {tree.paths[reached] or 'the root'}, then `{rest}` does not"
     return f"`{said}` matches nothing on the way to it"
+
+
+def _left_out(tree: Tree, rule: Rule, branch: PathSelector, at: int, line: set[int]) -> str:
+    """Whether it is the index of this step that stops the selector: `layers[:-8]` leaves out model.layers.30."""
+    step = branch.steps[at]
+    if step.index is None:
+        return ""
+    written = branch.model_copy(update={"steps": branch.steps[: at + 1], "cls": None})
+    any_index = step.model_copy(update={"index": Index(spans=(Every(),))})
+    relaxed = written.model_copy(update={"steps": (*branch.steps[:at], any_index)})
+    there = [owner(h) for h in _hits(tree, rule, relaxed) if owner(h) in line]
+    return f"`{format_selector(written)}` leaves out {tree.paths[max(there)]}" if there else ""
 
 
 def _hits(tree: Tree, rule: Rule, selector: Selector) -> set[Hit]:

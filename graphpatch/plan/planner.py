@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from ..lang.diagnostics import Diagnostic, PlanError
+from ..lang.diagnostics import Diagnostic, PlanError, RuleError
 from ..ops.op import Op
 from ..tree.compress import compress
 from ..tree.tree import Mark, Parameter, Tree
@@ -30,21 +30,22 @@ def make_plan(rules: RuleSet, tree: Tree, adapter: str | None = None, allow_impo
     _check_name(adapter)
     world = World(rules.program, tree)
     findings: list[Diagnostic] = []
-    params = world.params()
+    if missing := rules.program.missing():
+        raise RuleError(missing)
     patches, freezes = rules_in_force(world)
     match_rules(tree, patches)
     reached = reach_all(tree, patches, findings)
     drafted = drafts(tree, reached, adapter, findings)
-    _refuse(findings)
+    _refuse(rules, findings)
     settle(tree, drafted, findings)
     wanted = [step for draft in sorted(drafted, key=_wrapping_order) for step in steps(tree, draft, findings)]
     fresh, already = _split_by_marks(tree, wanted, findings)
-    _refuse(findings)
+    _refuse(rules, findings)
 
     added = added_by(fresh + already)
     match_rules(tree, freezes, added)
     freeze_reached = reach_all(tree, freezes, findings)
-    _refuse(findings)
+    _refuse(rules, findings)
     scopes = [freeze_scope(tree, one) for one in freeze_reached]
     grads = decide(tree, scopes, added) if scopes else None
     totals = _totals(tree, fresh, already, added, grads)
@@ -54,7 +55,7 @@ def make_plan(rules: RuleSet, tree: Tree, adapter: str | None = None, allow_impo
     return Plan(
         rules=rules,
         tree=tree,
-        params=params,
+        params=world.params(),
         adapter=adapter,
         steps=fresh,
         already=already,
@@ -73,9 +74,22 @@ def _check_name(adapter: str | None) -> None:
         raise PlanError(Diagnostic("GP423", f"{adapter!r} cannot name an adapter", fixes=(fix,)))
 
 
-def _refuse(findings: Sequence[Diagnostic]) -> None:
-    if any(f.severity == "error" for f in findings):
-        raise PlanError(findings)
+def _refuse(rules: RuleSet, findings: Sequence[Diagnostic]) -> None:
+    if not any(f.severity == "error" for f in findings):
+        return
+    *others, last = dict.fromkeys(findings)
+    raise PlanError([*others, _with_a_copy(rules, last)])
+
+
+def _with_a_copy(rules: RuleSet, finding: Diagnostic) -> Diagnostic:
+    """A packaged file is not the user's to change; a copy of it is."""
+    packaged = {file.name for file in rules.program.files if file.packaged}
+    place = finding.places[0].source.name if finding.places else ""
+    if place not in packaged:
+        return finding
+    name = place.removesuffix(".rules").replace("/", ".")
+    fix = f"{place} comes with graphpatch: `graphpatch rules {name} > my.rules` makes a copy to fit to this model"
+    return replace(finding, fixes=(*finding.fixes, fix))
 
 
 def _wrapping_order(draft: Draft) -> tuple[int, tuple[int, int]]:
@@ -228,7 +242,7 @@ def _freeze_outcomes(tree: Tree, reached: Sequence[Reach], scopes: Sequence[Scop
         verb = "train" if scope.trainable else "freeze"
         yield Outcome(
             one.rule.where,
-            f"{verb} {one.rule.target_text()}",
+            f"{verb} {one.rule.target_text()}" + (f" as {one.rule.label}" if one.rule.label else ""),
             len(one),
             one.coverage,
             frozen=not scope.trainable,

@@ -13,11 +13,11 @@ from ..lang.diagnostics import Diagnostic, Place, did_you_mean
 from ..lang.evaluate import EvaluationError, NoneArithmetic, evaluate
 from ..lang.syntax import Freeze, PathSelector, Selector
 from ..tree.nearmiss import near_miss
-from ..tree.select import Alternative, Compiled, Cover
+from ..tree.select import Alternative, Compiled, Cover, Hits
 from ..tree.stacks import stacks
 from ..tree.tree import Parameter, Tree
 from .rules import Rule
-from .target import Hit, TargetScope, by_difference, needs, owner
+from .target import TENSOR_FACTS, Hit, TargetScope, by_difference, needs, owner
 
 
 @dataclass
@@ -42,13 +42,15 @@ class Reach:
 def reach(tree: Tree, rule: Rule, findings: list[Diagnostic]) -> Reach:
     """Work out what a matched rule reaches; what is wrong goes to `findings`."""
     result = Reach(rule)
-    for bad in rule.hits.out_of_range:
-        findings.append(rule.scope.finding("GP404", bad.text, bad.span))
+    for hits in (rule.hits, rule.excepted_hits, rule.per_hits):
+        for bad in hits.out_of_range if hits is not None else ():
+            findings.append(rule.scope.finding("GP404", bad.text, bad.span))
     chosen: list[Hit] = [*rule.hits.nodes, *rule.hits.parameters] if rule.hits.parameters else list(rule.hits.nodes)
     candidates = len(chosen)
     if rule.statement.where is not None and chosen:
+        before = len(findings)
         chosen = _where(tree, rule, chosen, findings)
-        if not chosen and not _any(rule):
+        if not chosen and not _any(rule) and len(findings) == before:
             findings.append(_all_filtered(rule, candidates))
     if rule.hits.out_of_range or (candidates and not chosen):
         return result
@@ -56,7 +58,9 @@ def reach(tree: Tree, rule: Rule, findings: list[Diagnostic]) -> Reach:
         if not rule.new and not _any(rule):
             findings.append(_nothing(tree, rule))
         return result
-    findings += _dead_alternatives(tree, rule, chosen)
+    findings += _dead_alternatives(tree, rule, rule.target, rule.hits, chosen)
+    if rule.per is not None and rule.per_hits is not None and rule.per_hits.nodes:
+        findings += _dead_alternatives(tree, rule, rule.per, rule.per_hits, rule.per_hits.nodes)
     return _less_excepted(tree, rule, chosen, result, findings)
 
 
@@ -95,6 +99,14 @@ def _unknown_attribute(tree: Tree, rule: Rule, chosen: Sequence[Hit], name: str)
             "this tree was read from safetensors headers and has no attributes; give the model's config or a .tree file"
         )
         return rule.scope.finding("GP408", f"`where {name}` cannot be judged", rule.statement.where.span, why)  # type: ignore[union-attr]
+    if name in TENSOR_FACTS and not rule.hits.parameters:
+        why = f"`{name}` is of parameters: write weight.{name}, or end the selector in `:Parameter`"
+        return rule.scope.finding(
+            "GP408",
+            f"none of the {len(chosen)} candidates has an attribute `{name}`",
+            rule.statement.where.span,  # type: ignore[union-attr]
+            why,
+        )
     has = sorted({a for s in {tree.signature_of[owner(h)] for h in chosen} for a in tree.signatures[s].attributes})
     near = did_you_mean(name, has)
     return rule.scope.finding(
@@ -123,20 +135,22 @@ def _nothing(tree: Tree, rule: Rule) -> Diagnostic:
     )
 
 
-def _dead_alternatives(tree: Tree, rule: Rule, chosen: Sequence[Hit]) -> Iterable[Diagnostic]:
-    """Every `{}` alternative and `|` branch that no hit took part in."""
-    alternatives = rule.target.alternatives
+def _dead_alternatives(
+    tree: Tree, rule: Rule, compiled: Compiled, hits: Hits, chosen: Sequence[Hit]
+) -> Iterable[Diagnostic]:
+    """Every `{}` alternative and `|` branch of a selector that no hit took part in."""
+    alternatives = compiled.alternatives
     if not alternatives:
         return
     everything, seen = (1 << len(alternatives)) - 1, 0
     for hit in chosen:
-        seen |= rule.hits.alternatives(hit)
+        seen |= hits.alternatives(hit)
         if seen == everything:
             return
     for at, alternative in enumerate(alternatives):
         if seen >> at & 1:
             continue
-        miss = near_miss(tree, rule.target, at)
+        miss = near_miss(tree, compiled, at)
         yield rule.scope.finding(
             "GP402", f"`{alternative.text}` matches nothing", alternative.span or miss.span, miss.text
         )

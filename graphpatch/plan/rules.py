@@ -73,7 +73,7 @@ def rules_in_force(world: World) -> tuple[list[Rule], list[Rule]]:
             continue
         (patches if isinstance(statement, Patch) else freezes).append(rule)
     if findings:
-        raise PlanError(findings)
+        raise PlanError(dict.fromkeys(findings))
     return patches, freezes
 
 

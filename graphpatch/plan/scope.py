@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from ..lang.diagnostics import Diagnostic, Place, PlanError, Source, Span, did_you_mean
+from ..lang.diagnostics import Diagnostic, Error, Place, PlanError, Source, Span, did_you_mean
 from ..lang.evaluate import EvaluationError, MissingKey, evaluate, unknown_function
 from ..lang.program import Program, check_type
 from ..lang.syntax import Arg, Expr, SelectorUnion
@@ -38,16 +38,27 @@ class World:
             value = self.program.params[name]
         else:
             self._open.append(key)
-            expr, from_file = self.program.binding(owner, name)
-            value = scope.at(from_file).value(expr)
-            value = check_type(value, declared, self.program.source(from_file), expr.span)
-            self._open.pop()
+            try:
+                expr, from_file = self.program.binding(owner, name)
+                value = scope.at(from_file).value(expr)
+                value = check_type(value, declared, self.program.source(from_file), expr.span)
+            finally:
+                self._open.pop()
         self._params[key] = value
         return value
 
     def params(self) -> dict[str, Any]:
-        """All params of all files, by name."""
-        return {name: self.param(file, name, None) for file, name in self.program.declared_params()}
+        """The params of all files, by name, but for those whose default has no value for this model.
+
+        Asked for once the rules are worked out: what they use has a value then, and the rest harms nobody.
+        """
+        values: dict[str, Any] = {}
+        for file, name in self.program.declared_params():
+            try:
+                values[name] = self.param(file, name, None)
+            except Error:
+                continue
+        return values
 
     def count(self, file: int, selector: SelectorUnion) -> int:
         # A check without a model counts nothing, and starts faster without the matcher.
@@ -94,10 +105,10 @@ class FileScope:
         file, alias = self.world.program.alias(self.file, name)
         return alias.selector, self.at(file)
 
-    def integer(self, bound: Expr) -> int:
+    def integer(self, bound: Expr, what: str = "an index") -> int:
         value = self.value(bound)
         if isinstance(value, bool) or not isinstance(value, int):
-            self.fail("GP222", f"an index must be an integer, and this is {show(value)}", bound.span)
+            self.fail("GP222", f"{what} must be an integer, and this is {show(value)}", bound.span)
         return value
 
     # ── for expressions ──

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from ..lang.diagnostics import Source
+from ..lang.diagnostics import Source, Span
 from ..lang.parser import parse_selector
 from ..lang.program import parse_program
 from ..tree.select import Compiled, Hits, compile_selector, match
@@ -33,6 +33,9 @@ class SelectorScope(FileScope):
     def __init__(self, world: World, text: str):
         super().__init__(world, 0)
         self.text = text
+
+    def var(self, name: str, span: Span | None) -> NoReturn:
+        self.fail("GP226", f"`${name}` has no value", span, "a selector that stands in no file sees no params")
 
     @property
     def source(self) -> Source:

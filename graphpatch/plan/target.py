@@ -100,7 +100,7 @@ class TargetFacts:
         signature = self.signature
         if self.parameter is not None:
             tensor = signature.parameters.get(self.parameter)
-            if tensor is not None and name in _TENSOR_FACTS:
+            if tensor is not None and name in TENSOR_FACTS:
                 return True, _tensor_fact(tensor, name)
         for table in (signature.attributes, signature.parameters, signature.buffers):
             if name in table:
@@ -138,7 +138,7 @@ class TargetScope(FileScope):
         for fact in rest:
             if value is None:
                 return None
-            if not isinstance(value, Tensor) or fact not in _TENSOR_FACTS:
+            if not isinstance(value, Tensor) or fact not in TENSOR_FACTS:
                 raise EvaluationError(f"`{dotted}`: only parameters have parts, .shape .ndim .dtype", span)
             value = _tensor_fact(value, fact)
         return value
@@ -147,7 +147,8 @@ class TargetScope(FileScope):
         return self.facts.tree.config_of(self.facts.node)
 
 
-_TENSOR_FACTS = ("shape", "ndim", "dtype")
+TENSOR_FACTS = ("shape", "ndim", "dtype")
+"""What `where` may ask of a parameter."""
 
 
 def _tensor_fact(tensor: Tensor, fact: str) -> Any:

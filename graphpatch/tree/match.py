@@ -133,6 +133,8 @@ class _Run:
         note = self.note(start, tree.signature_of[0])
         if note is not None:
             note(0)
+        if inner is None and all(pattern.is_root for pattern in self.patterns):
+            return  # `freeze ** except @new` asks for no more than the root
         node = 0
         for parent, kind in zip(tree.parents[1:], kinds[1:]):
             state, note = states[parent][kind]

@@ -35,7 +35,7 @@ def near_miss(tree: Tree, compiled: Compiled, alternative: int | None = None) ->
     span = compiled.alternatives[alternative].span if alternative is not None else compiled.span
     owned = [o for o in compiled.patterns if alternative is None or o.alternatives >> alternative & 1]
     if not owned:
-        return NearMiss("no name in the model matches this regex", span)
+        return NearMiss(_regex(tree, compiled, alternative), span)
     stops = [stop for one in owned[:_MOST_PATTERNS] if (stop := _stop(tree, compiled, one)) is not None]
     if not stops:
         return NearMiss("it does match, but what it matches was filtered out", span)
@@ -43,6 +43,20 @@ def near_miss(tree: Tree, compiled: Compiled, alternative: int | None = None) ->
     if not furthest.reached:
         return NearMiss(_nowhere(tree, [stop for stop in stops if not stop.reached]), span)
     return NearMiss(furthest.text(tree), span, tuple(furthest.reached))
+
+
+def _regex(tree: Tree, compiled: Compiled, alternative: int | None) -> str:
+    """Nothing but regexes was asked for, and they hit nothing."""
+    asked = [r for r in compiled.regexes if alternative is None or r.alternatives >> alternative & 1]
+    modules = {node for node in range(len(tree)) for r in asked if r.regex.fullmatch(tree.paths[node])}
+    if any(r.classes or r.parameters for r in asked) and modules:
+        return f"it matches the names of {len(modules)} modules, but they are of other classes"
+    for node in () if any(r.parameters for r in asked) else range(len(tree)):
+        for name in tree.signature(node).parameters:
+            path = f"{tree.paths[node]}.{name}".lstrip(".")
+            if any(r.regex.fullmatch(path) for r in asked):
+                return f"a regex matches modules, and `{path}` is a parameter: end it in `/:Parameter`"
+    return "no name in the model matches this regex as a whole"
 
 
 class _Stop(NamedTuple):
@@ -69,9 +83,11 @@ class _Stop(NamedTuple):
             known = f"nothing below {here} is called {_said(test)}"
         else:
             names = _children(tree, self.reached)
-            known = f"the children of {here} are {_listed(tree, self.reached)}"
+            known = f"the children of {here} are {listed(tree, self.reached)}"
             if not names:
                 return f"{here} has no children"
+            if test.globs and all(index_of(name) >= 0 for name in names):
+                return f"{known}, and a glob never matches an index: write a slice, `[0:4]`"
         return "; ".join(filter(None, [known, _meant(test, names)]))
 
     def _ending(self, tree: Tree, here: str) -> str:
@@ -124,7 +140,7 @@ def _nowhere(tree: Tree, stops: Sequence[_Stop]) -> str:
         text = f"no module is of class {' or '.join(f'`{name}`' for name in asked)}" if asked else "there is none"
         return "; ".join(filter(None, [text, meant]))
     names = set(tree.names) | {name for s in tree.signatures for name in s.parameters}
-    said = list(dict.fromkeys(_said(test) for test in tests))
+    said = list(dict.fromkeys(name for test in tests for name in _said(test).split(" or ")))
     meant = next(filter(None, (_meant(test, names) for test in tests)), "")
     shown = " or ".join(said[:6]) + (" or ..." if len(said) > 6 else "")
     return "; ".join(filter(None, [f"nothing in the model is called {shown}", meant]))
@@ -148,7 +164,7 @@ def _index(tree: Tree, reached: Sequence[int], test: Indices, here: str) -> str:
     lengths = {node: container_length(tree, node) for node in reached}
     numbered = [node for node in reached if lengths[node]]
     if not numbered:
-        return f"{here} has no numbered children; they are {_listed(tree, reached)}"
+        return f"{here} has no numbered children; they are {listed(tree, reached)}"
     said = ", ".join(f"{_where(tree, [n])} has {lengths[n]}: 0 to {lengths[n] - 1}" for n in numbered[:3])
     return f"{said}; none is `[{_spans(test)}]`"
 
@@ -185,7 +201,8 @@ def _children(tree: Tree, nodes: Sequence[int]) -> list[str]:
     return list(names)
 
 
-def _listed(tree: Tree, nodes: Sequence[int]) -> str:
+def listed(tree: Tree, nodes: Sequence[int]) -> str:
+    """The names of what stands right below the nodes, numbers as slices, cut where there are many."""
     names = _children(tree, nodes)
     numbers = sorted({index for name in names if (index := index_of(name)) >= 0})
     words = [name for name in names if index_of(name) < 0]
@@ -261,9 +278,9 @@ def _lack(tree: Tree, groups: Sequence[int], paths: Sequence[str]) -> str:
         if there:
             said.append(f"{_where(tree, groups)} {have} {wanted}, but the rule does not reach it there")
         elif holders:
-            said.append(f"{_where(tree, groups)} {have} no {wanted} (they have {_listed(tree, holders)})")
+            said.append(f"{_where(tree, groups)} {have} no {wanted} (they have {listed(tree, holders)})")
         else:
-            said.append(f"{_where(tree, groups)} {have} no {wanted} (they have {_listed(tree, groups)})")
+            said.append(f"{_where(tree, groups)} {have} no {wanted} (they have {listed(tree, groups)})")
     return "; ".join(said)
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from ..lang.diagnostics import Span
 from .bindings import OPEN, Aligner, Placed
 from .compile import Compiled
+from .pattern import Names
 from .tree import Parameter, Tree
 
 
@@ -39,7 +40,7 @@ def stacks(tree: Tree, compiled: Compiled, hits: Iterable[int | Parameter]) -> l
     What a selector names one by one (`{encoder,decoder}.layers[0]`) it means, so only stacks that one reading of it
     reaches are held against each other. Stacks that differ in indices alone are one.
     """
-    if not compiled.brackets:
+    if not compiled.brackets or _one_container(tree, compiled):
         return []
     aligner, shapes = Aligner(tree, compiled), tree.shapes
     by_shape: dict[tuple[int, str], list[int | Parameter]] = {}
@@ -65,6 +66,18 @@ def stacks(tree: Tree, compiled: Compiled, hits: Iterable[int | Parameter]) -> l
             counted = tuple(_count(aligner, step, shape, alike) for shape, alike in containers.items())
             spreads.append(Spread(f"`{written.text}`" if written else "", written.span if written else None, counted))
     return spreads
+
+
+def _one_container(tree: Tree, compiled: Compiled) -> bool:
+    """Whether the names before the brackets stand once in the tree, so that nothing can spread; as most often."""
+    names: set[str] = set()
+    for owned in compiled.patterns:
+        for test, _ in owned.steps:
+            before = owned.pattern.tests[test - 1] if test else None
+            if not isinstance(before, Names) or before.globs or before.anything or owned.pattern.gaps[test]:
+                return False
+            names |= before.literals
+    return not tree.places and sum(map(tree.names.count, names)) <= 1
 
 
 def _named(placed: Placed, test: int) -> tuple[str, ...]:

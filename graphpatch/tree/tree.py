@@ -6,6 +6,7 @@ A model of 60,000 modules has about eight signatures, so whatever depends on a m
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -365,7 +366,8 @@ class Tree:
         """Parameters (of all nodes, or of these), tied ones once."""
         own = [sum(t.numel for t in signature.parameters.values()) for signature in self.signatures]
         counted = range(len(self)) if nodes is None else set(nodes)
-        total = sum(own[self.signature_of[node]] for node in counted)
+        kinds = self.signature_of if nodes is None else [self.signature_of[node] for node in counted]
+        total = sum(own[kind] * times for kind, times in Counter(kinds).items())
         seen: set[Parameter] = set()
         for (node, name), first in self.ties:
             if node in counted:

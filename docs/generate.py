@@ -30,7 +30,7 @@ _FAMILIES = {
     "3": "Style; never changes the exit code",
     "4": "The rules do not fit the model",
     "5": "The model cannot be changed, or changed back",
-    "6": "An adapter does not fit",
+    "6": "An adapter cannot be written, read or loaded",
     "7": "The command line: what was asked for cannot be tried",
 }
 _MEANINGS = {
@@ -45,6 +45,7 @@ _MEANINGS = {
     "GP229": "an expression that needs no model has no value",
     "GP404": "an index is out of range",
     "GP410": "an op refuses a target, and says why",
+    "GP424": "an op changes a weight that another module shares, and would change one use of it alone",
     "GP503": "the target's forward is never called, so a change there would do nothing",
 }
 """For codes whose titles are put together elsewhere."""

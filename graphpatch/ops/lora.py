@@ -25,6 +25,9 @@ class Lora(Op):
 
     The `Conv1D` of Transformers (GPT-2) is a linear whose weight is stored (in, out); its factors are a linear's.
 
+    A module whose weight is tied to another's is refused: an update of a head would be none of the embedding that is
+    the same matrix.
+
     Hu et al., LoRA, arXiv:2106.09685, section 4.1. Kalajdzievski, rsLoRA, arXiv:2312.03732, section 3.
     """
 
@@ -82,6 +85,7 @@ class Lora(Op):
                 f"{target.signature.cls} does not know its shape yet",
                 "run the model once on a batch, so that its lazy modules take their shapes, then patch",
             )
+        _refuse_tied(target)
         factor_shapes(target.signature, self.rank)
         taken = [k for k in self.keys if k in target.signature.parameters or k in target.signature.buffers]
         if taken:
@@ -98,3 +102,18 @@ class Lora(Op):
 
     def after(self, target: Target) -> str:
         return f"LoRA {target.signature.cls}"
+
+
+def _refuse_tied(target: Target) -> None:
+    """A tied weight is one matrix with two uses. An update of one use alone would part them: merged into the weight it
+    would change the other, and a checkpoint of the merged model could not say so."""
+    others = target.tied.get("weight", ())
+    if others:
+        shared = f"`{others[0]}`" + (f" and {len(others) - 1} more" if len(others) > 1 else "")
+        raise Refusal(
+            f"its weight is tied: it is {shared} too, and an adapter here would change this use of it alone",
+            f"leave it out: except ^{target.path}",
+            "or give it a weight of its own before patching: "
+            "module.weight = nn.Parameter(module.weight.detach().clone()), and tie_word_embeddings=False in the config",
+            code="GP424",
+        )

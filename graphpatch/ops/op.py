@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
@@ -23,6 +24,8 @@ class Target(NamedTuple):
     """The parameter's name where the target is a parameter and not a module."""
     parent: Signature | None = None
     """The signature of the module above, for ops that must know who calls the target."""
+    tied: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    """Its parameters that are another module's too: by name, the paths they have there."""
 
     @property
     def tensor(self) -> Tensor | None:

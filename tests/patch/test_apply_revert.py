@@ -200,7 +200,8 @@ def test_tied_modules_are_patched_once_and_both_paths_see_it():
 
 def test_tied_weights_stay_tied():
     model = lm(tied=True)
-    handle = patch(model, "patch ^lm_head with lora(rank=2)\nfreeze ** except @new")
+    refused("GP424", model, "patch ^lm_head with lora(rank=2)")
+    handle = patch(model, "patch ^lm_head with scale.output(2)\npatch q_proj with lora(rank=2)\nfreeze ** except @new")
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert not model.model.embed_tokens.weight.requires_grad
     handle.revert()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import textwrap
+from dataclasses import asdict
 
 from ..lang.diagnostics import did_you_mean
 from ..ops.registry import find, names
@@ -11,16 +13,26 @@ from .op_facts import OpFacts, op_facts
 from .problem import CannotRun, first_line
 from .terminal import BOLD, paint, width
 
+FORMAT = 1
+"""The version of the JSON form."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", nargs="?", help="one op, in full")
+    parser.add_argument("--json", action="store_true", help="arguments, accepted classes and the rest as JSON")
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.name and options.json:
+        print(json.dumps({"format": FORMAT, "ops": [asdict(_facts(options.name))]}, indent=1))
+        return 0
     if options.name:
         print("\n".join(_page(_facts(options.name))))
         return 0
     known = names()
+    if options.json:
+        print(json.dumps({"format": FORMAT, "ops": [_described(name) for name in known]}, indent=1))
+        return 0
     column = max(map(len, known), default=0) + 2
     for name in known:
         try:
@@ -29,6 +41,13 @@ def run(options: argparse.Namespace) -> int:
             about = f"! {error.diagnostics[0].title}"
         print(f"{paint(name.ljust(column), BOLD)}{_fitted(about, width() - column)}")
     return 0
+
+
+def _described(name: str) -> dict[str, object]:
+    try:
+        return asdict(_facts(name))
+    except CannotRun as error:
+        return {"name": name, "error": error.diagnostics[0].title}
 
 
 def _facts(name: str) -> OpFacts:

@@ -85,9 +85,7 @@ def decode(text: str | bytes, name: str) -> str:
         return RuleError(Diagnostic("GP100", title, text=(f"in {name}",), fixes=fixes))
 
     if len(text) > LARGEST:
-        raise refuse(
-            f"a rule file has at most {LARGEST:,} characters; this one has {len(text):,}", "split it with `use`"
-        )
+        raise refuse(f"a rule file has at most {LARGEST:,} characters; this one has more", "split it with `use`")
     if isinstance(text, bytes):
         try:
             decoded = text.decode("utf-8")

@@ -164,8 +164,9 @@ class Program(BaseModel):
         owner, node = table.get(name, (-1, None))
         if owner in self.visible(file):
             return owner, node
-        near = did_you_mean(name, (n for n, (o, _) in table.items() if o in self.visible(file)))
-        raise RuleError(Diagnostic(code, title, fixes=(near,) if near else ()))
+        known = sorted(n for n, (o, _) in table.items() if o in self.visible(file))
+        fix = did_you_mean(name, known) or (f"there are {', '.join(known)}" if known else "")
+        raise RuleError(Diagnostic(code, title, fixes=(fix,) if fix else ()))
 
     @cached_property
     def _sources(self) -> list[Source]:

@@ -33,7 +33,8 @@ def check_type(value: Any, param: Param, source: Source | None = None, span: Spa
         try:
             value = None if value.strip() == "none" and optional(param) else parse_value(str(value), param.type)
         except RuleError:
-            raise _refusal(title, f"`{value}` is none", source, span) from None
+            said = f"`{value}` is not" if value.strip() else "nothing is given behind the `=`"
+            raise _refusal(title, said, source, span) from None
     if value is None and (optional(param) or param.type is None):
         return None
     value = _plain(value, title, source, span)

@@ -252,3 +252,29 @@ def test_progress_shows_on_a_terminal_and_nowhere_else(graphpatch, llama, monkey
     with progress("building it"):
         assert screen.getvalue().endswith("building it ...")
     assert screen.getvalue().endswith("\r\x1b[K")
+
+
+def test_explain_and_ops_as_json(graphpatch, llama_tree):
+    ran = graphpatch("explain", "model.layers.0.self_attn.q_proj", "lora", "--model", llama_tree, "--json")
+    body = json.loads(ran.out)
+    assert body["format"] == 1 and body["path"] == "model.layers.0.self_attn.q_proj"
+    assert [rule["touches"] for rule in body["rules"]] == [True, True]
+    every = json.loads(graphpatch("ops", "--json").out)["ops"]
+    (one,) = json.loads(graphpatch("ops", "lora", "--json").out)["ops"]
+    assert one in every and one["arguments"][0]["name"] == "rank"
+
+
+def test_an_index_that_is_not_there_is_answered_with_those_that_are(graphpatch, llama_tree):
+    ran = graphpatch("explain", "model.layers.99", "lora", "--model", llama_tree)
+    assert ran.code == 1 and "it has [0:4]" in ran.err and "did you mean" not in ran.err
+
+
+def test_a_selector_of_the_command_line_sees_no_params(graphpatch, llama_tree):
+    ran = graphpatch("match", "layers[$n]", "--model", llama_tree)
+    assert ran.code == 2 and "sees no params" in ran.err
+    assert "there are attention_linears, " in graphpatch("match", "@nope", "--model", llama_tree).err
+
+
+def test_an_empty_setting_is_called_empty(graphpatch, llama_tree):
+    ran = graphpatch("plan", "lora", "--model", llama_tree, "--set", "rank=")
+    assert ran.code == 1 and "nothing is given" in ran.err

@@ -208,7 +208,7 @@ def test_what_is_no_value(text: str, type: str) -> None:
         (b"patch q with lora\nparam a = \xff", "line 2 is not UTF-8: byte 0xff at offset 28"),
         (b"patch q\n\n\0", "line 3 has a NUL byte"),
         ("patch \ud800", "line 1 has a character that UTF-8 cannot hold"),
-        (b"#" * 10_000_000, "at most 250,000 characters; this one has 10,000,000"),
+        (b"#" * 10_000_000, "at most 250,000 characters; this one has more"),
     ],
 )
 def test_what_is_no_text(data: str | bytes, says: str) -> None:

@@ -146,3 +146,9 @@ def _covered(model, selector: str) -> set[int]:
         return below(model.lm_head)
     assert selector == "^model.embed_tokens"
     return below(model.model.embed_tokens)
+
+
+def test_an_optimizer_group_is_told_by_its_rule():
+    plan = graphpatch.parse("freeze **\ntrain layers[-1:].mlp as late").plan(meta_lm(layers=3))
+    assert plan.outcomes[1].text == "train layers[-1:].mlp as late"
+    assert "optimizer group late: ^model.layers[2].mlp" in str(plan)

@@ -165,3 +165,59 @@ def test_a_tied_module_is_one_node_with_all_its_paths():
     assert len(graphpatch.parse("patch up_proj with lora(rank=2) expect 1").plan(model).changes) == 1
     error = refusal("patch up_proj with lora(rank=2) except layers[1]", graphpatch.Tree.of(model))
     assert error.code == "GP406"
+
+
+@pytest.mark.parametrize(
+    "rule", ["patch q_proj with lora except layers[0,99]", "patch q_proj with lora expect 1 per layers[0:24,99]"]
+)
+def test_an_index_out_of_range_is_an_error_in_every_selector(tree, rule):
+    error = refusal(rule, tree)
+    assert error.code == "GP404" and "`layers[99]` is out of range" in str(error)
+
+
+def test_an_alternative_of_per_that_matches_nothing_is_an_error(tree):
+    error = refusal("patch {q,k}_proj with lora expect >= 2 per {self_attn,atention}", tree)
+    assert error.code == "GP402" and "`{atention}` matches nothing" in str(error)
+    error = refusal("patch q_proj with lora expect 1 per layer", tree)
+    assert error.code == "GP411" and "did you mean `layers`?" in str(error)
+
+
+def test_an_unknown_attribute_is_said_once(tree):
+    error = refusal("patch q_proj with lora where infeatures > 5", tree)
+    assert [d.code for d in error.diagnostics] == ["GP408"]
+
+
+def test_what_only_parameters_have_is_said_to_be_of_parameters(tree):
+    error = refusal("freeze self_attn.** where ndim == 1", tree)
+    assert "weight.ndim" in str(error) and ":Parameter" in str(error)
+    assert graphpatch.parse("freeze weight where ndim == 1").plan(tree).outcomes[0].matched == 49
+
+
+def test_a_regex_over_parameters_names_the_way_to_them(tree):
+    error = refusal(r"freeze /.*norm\.weight/", tree)
+    assert "end it in `/:Parameter`" in str(error)
+
+
+def test_a_count_that_is_no_integer_is_called_a_count(tree):
+    assert "what `expect` counts must be an integer" in str(refusal("patch q_proj with lora expect 24.0", tree))
+
+
+def test_the_root_is_named_where_an_op_refuses_it(tree):
+    assert "`^` cannot take lora" in str(refusal("patch ^ with lora", tree))
+
+
+def test_a_param_that_nobody_uses_may_mean_nothing_here(tree):
+    rules = graphpatch.parse("param a: int = config.zzz\nparam b: int = 2\npatch q_proj with lora(rank=$b)")
+    assert rules.plan(tree).params == {"b": 2}
+    text = "param a: int = config.zzz\npatch q_proj with lora(rank=$a)\npatch k_proj with lora(rank=$a)"
+    assert [d.code for d in refusal(text, tree).diagnostics] == ["GP220"]
+
+
+def test_a_required_param_is_asked_for_though_nobody_uses_it(tree):
+    assert refusal_of_rule("param a: int\npatch q_proj with lora", tree).code == "GP215"
+
+
+def refusal_of_rule(text: str, tree) -> graphpatch.Error:
+    with pytest.raises(graphpatch.RuleError) as caught:
+        graphpatch.parse(text).plan(tree)
+    return caught.value

@@ -25,6 +25,17 @@ FAMILIES = {
     "clip": "CLIPModel",
     "roberta": "RobertaForMaskedLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
+    "opt": "OPTForCausalLM",
+    "falcon": "FalconForCausalLM",
+    "bloom": "BloomForCausalLM",
+    "mpt": "MptForCausalLM",
+    "whisper": "WhisperForConditionalGeneration",
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "jamba": "JambaForCausalLM",
+    "distilbert": "DistilBertForMaskedLM",
+    "deberta": "DebertaV2ForMaskedLM",
 }
 
 

@@ -6,6 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .checkpoint.load import load_adapter as load_adapter
+    from .checkpoint.load import load_weights as load_weights
+    from .checkpoint.save import save_adapter as save_adapter
     from .lang.diagnostics import ApplyError as ApplyError
     from .lang.diagnostics import Diagnostic as Diagnostic
     from .lang.diagnostics import Error as Error
@@ -44,9 +47,12 @@ _HOME = {
     "apply": "patch.apply",
     "explain": "plan.explain",
     "load": "plan.ruleset",
+    "load_adapter": "checkpoint.load",
+    "load_weights": "checkpoint.load",
     "parse": "plan.ruleset",
     "patches": "patch.patch",
     "register": "ops.registry",
+    "save_adapter": "checkpoint.save",
     "select": "plan.select",
     "walk": "patch.walk",
 }

@@ -1,0 +1,1 @@
+"""Adapters on disk: written whole or not at all, read from the file alone."""

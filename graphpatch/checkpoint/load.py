@@ -1,0 +1,259 @@
+"""An adapter read from disk: onto a model that is planned, patched and filled from the file alone."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..lang.diagnostics import Diagnostic, Error
+from ..patch.apply import apply_plan
+from ..patch.drift import unwrapped
+from ..patch.patch import Patch, patches
+from ..plan.plan import Plan
+from ..plan.ruleset import RuleSet
+from ..tree.tree import Mark, Tensor, Tree
+from .base import check_base, log
+from .manifest import Manifest
+from .moved import MovedWeights
+from .pair import JSON, read_pair
+from .save import changes_of, unmarked
+from .tensors import (
+    Named,
+    added_tensors,
+    base_place,
+    check,
+    content_hash,
+    journal_of,
+    on_meta,
+    put,
+    refuse_names,
+    tensor_at,
+)
+
+
+def load_adapter(
+    model: nn.Module,
+    directory: str | PathLike[str],
+    *,
+    adapter: str | None = None,
+    allow_import: Sequence[str] = (),
+) -> Patch:
+    """Apply the adapter in `directory` (what `save_adapter` wrote) to `model`, from the file alone.
+
+    The model must be the base that it was trained on: the modules with weights, their classes, shapes and ties. Dtypes
+    may differ; factors take the place that the plan gives them here. `adapter` gives it another name than it was saved
+    under, beside one that is there. A model that carries this very patch gets the weights alone. `allow_import` permits
+    what `replace` and `wrap` import; that the file records what was permitted when it was made counts for nothing.
+
+    Base weights that trained with the adapter are loaded too; `revert()` gives the old ones back.
+
+    Raises `Error` where the files cannot be read (GP601 to GP603), the base differs (GP611 with the difference, GP618),
+    the rules mean something else here (GP613), names, shapes or types do not agree (GP614, GP615), `adapter` has no
+    effect (GP619), or the model is on the meta device (GP616); `PlanError` and `ApplyError` as `apply` does. The model
+    is then as it was before.
+    """
+    root = unwrapped(model)
+    saved = _Saved.read(directory)
+    tree = Tree.of(model)
+    check_base(saved.made_on, tree, saved.tensors, saved.folder)
+    saved.check_content(tree)
+    clean = unmarked(tree)
+    name = saved.manifest.adapter if adapter is None else adapter
+    recorded = saved.plan(clean, saved.manifest.adapter, allow_import)
+    saved.check_changes(recorded)
+    tensors = _renamed(saved, recorded, clean, name)
+
+    here = [patch for patch in patches(root) if patch.model is root]
+    same = next((patch for patch in here if _is_of(patch, saved.manifest, name)), None)
+    if same is not None:
+        _fill(same, tensors, saved.folder)
+        return same
+    plan = recorded if name == saved.manifest.adapter and not tree.marks else saved.plan(tree, name, allow_import)
+    _check_plan(plan, tensors, saved)
+    moved = [key for key in saved.manifest.tensors.base if key in tensors]
+    if here and moved:
+        _warn_of_moved(saved.folder, moved)
+    with _random_state_kept(root):
+        patch = apply_plan(plan, model)
+    try:
+        _fill(patch, tensors, saved.folder, remember=moved)
+    except BaseException:
+        patch.revert()
+        raise
+    return patch
+
+
+def load_weights(patch: Patch, source: str | PathLike[str] | Mapping[str, torch.Tensor]) -> None:
+    """Put an adapter's weights into a patch that is there: all of them, or none.
+
+    `source` is a directory of `save_adapter`, or a state dict: everything that the patch added, by the names of
+    `patch.adapter_state_dict()`, and base weights if need be. Neither base nor rules are compared, only names, shapes
+    and types; floats of another precision are cast. Weights keep their device, and are written in place, so that an
+    optimizer or a compiled model goes on with them.
+
+    Raises `Error`: GP601 to GP603 for files, GP614 for missing and unexpected names, GP615 for shapes and types.
+    """
+    journal_of(patch)
+    if isinstance(source, Mapping):
+        _fill(patch, dict(source), "the state dict")
+        return
+    saved = _Saved.read(source)
+    name = patch.record["adapter"]
+    tensors: Named = saved.tensors
+    if name != saved.manifest.adapter and patch.record["rules"] == saved.manifest.rules:
+        clean = unmarked(Tree.of(patch.model))
+        tensors = _renamed(saved, saved.plan(clean, saved.manifest.adapter, ()), clean, name)
+    _fill(patch, tensors, saved.folder)
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What a directory holds, read and found whole."""
+
+    folder: str
+    manifest: Manifest
+    rules: RuleSet
+    made_on: Tree
+    tensors: Named
+
+    @classmethod
+    def read(cls, directory: str | PathLike[str]) -> _Saved:
+        folder = Path(directory)
+        manifest, tensors = read_pair(folder)
+        path = folder / JSON
+        said = [*manifest.tensors.added, *manifest.tensors.base]
+        refuse_names([k for k in said if k not in tensors], [k for k in tensors if k not in {*said}], fspath(folder))
+        return cls(fspath(folder), manifest, manifest.rule_set(path), manifest.base_tree(path), tensors)
+
+    def plan(self, tree: Tree, adapter: str | None, allow_import: Sequence[str]) -> Plan:
+        return self.rules.plan(tree, adapter=adapter, allow_import=allow_import)
+
+    def check_changes(self, plan: Plan) -> None:
+        """Raise `Error` (GP613) where the rules change something else than they did."""
+        now, then = changes_of(plan), self.manifest.changes
+        odd = next((b for a, b in zip(now, then) if not b.still(a)), None)
+        if odd is None and len(now) == len(then):
+            return
+        what = f"{odd.rule}   {odd.op} on {odd.count} modules, {', '.join(odd.paths[:4])}" if odd else ""
+        raise Error(
+            Diagnostic(
+                "GP613",
+                f"the rules of {self.folder} do not mean here what they meant when it was saved",
+                text=(
+                    f"it was saved with {len(then)} changes, and its rules give {len(now)}",
+                    *([what] if what else []),
+                ),
+                fixes=("the file was edited, or an op means something else in this version: save the adapter anew",),
+            )
+        )
+
+    def check_content(self, tree: Tree) -> None:
+        """Raise `Error` (GP618) where a hash of the base's bytes is recorded, and is not this base's."""
+        if self.manifest.base.content is None:
+            return
+        if tree.fingerprint != self.made_on.fingerprint:
+            log.info("%s: the bytes of a base in another dtype cannot be compared", self.folder)
+        elif content_hash(tree, set(self.manifest.tensors.base)) != self.manifest.base.content:
+            raise Error(
+                Diagnostic(
+                    "GP618",
+                    f"{self.folder} was trained on a base with other weights",
+                    text=("names, shapes and types are the same, and the bytes are not",),
+                    fixes=("load the checkpoint that it was trained on",),
+                )
+            )
+
+
+def _is_of(patch: Patch, manifest: Manifest, adapter: str | None) -> bool:
+    return patch.record["adapter"] == adapter and patch.record["rules"] == manifest.rules
+
+
+def _renamed(saved: _Saved, recorded: Plan, clean: Tree, name: str | None) -> Named:
+    """The tensors, under the names that they have where the adapter is called `name`."""
+    if name == saved.manifest.adapter:
+        return saved.tensors
+    names: dict[str, str] = {}
+    for old, new in zip(recorded.steps, saved.plan(clean, name, ()).steps):
+        for node in old.nodes:
+            path = f"{clean.paths[node]}." if node else ""
+            names |= {path + a: path + b for a, b in zip(old.adds, new.adds) if a != b}
+    if not names:
+        raise Error(
+            Diagnostic(
+                "GP619",
+                f'adapter="{name}" has no effect: nothing that {saved.folder} adds takes its name from there',
+                fixes=("leave it out; rules that name their adapters themselves keep those names",),
+            )
+        )
+    return {names.get(key, key): tensor for key, tensor in saved.tensors.items()}
+
+
+def _check_plan(plan: Plan, tensors: Named, saved: _Saved) -> None:
+    """All that can be known before the model is touched: what modules that are put in hold is known afterwards."""
+    tree = plan.tree
+    expected: dict[str, Any] = {}
+    for step in plan.steps:
+        for node in step.nodes:
+            path = f"{tree.paths[node]}." if node else ""
+            expected |= {path + name: tensor for name, tensor in step.adds.items()}
+    for key in saved.manifest.tensors.base:
+        place = base_place(tree, key)
+        held = None if place is None else tensor_at(place)
+        if held is not None:
+            if held.is_meta:
+                raise on_meta(key)
+            expected[key] = Tensor(tuple(held.shape), str(held.dtype).removeprefix("torch."))
+    opaque = any(step.op.exclusive for step in plan.steps)
+    check({k: t for k, t in tensors.items() if k in expected} if opaque else tensors, expected, saved.folder)
+    for step in plan.steps:
+        for node in step.nodes if step.adds else ():
+            weight = next(iter(tree.modules[node].parameters()), None) if tree.modules else None
+            if weight is not None and weight.is_meta:
+                raise on_meta(f"{tree.paths[node]}.{next(iter(step.adds))}")
+
+
+def _fill(patch: Patch, tensors: Named, what: str, remember: Sequence[str] = ()) -> None:
+    """Put the tensors into the patched model. What `remember` names is noted, and given back by `revert()`."""
+    targets = added_tensors(patch)
+    places = {}
+    tree = Tree.of(patch.model) if any(key not in targets for key in tensors) else None
+    for key in tensors:
+        place = base_place(tree, key) if tree is not None and key not in targets else None
+        if place is not None:
+            places[key] = place
+    base = {key: tensor_at(place) for key, place in places.items()}
+    check(tensors, {**targets, **base}, what)
+    originals = {key: base[key].clone() for key in remember}  # type: ignore[union-attr]
+    put(tensors, {**targets, **base})
+    if originals:
+        journal = journal_of(patch)
+        mark = Mark(patch.id, what, "load_adapter", frozenset())
+        journal.changes.append(MovedWeights(mark, {key: places[key] for key in originals}, originals))
+
+
+def _warn_of_moved(folder: str, moved: Sequence[str]) -> None:
+    shown = ", ".join(moved[:4]) + (", ..." if len(moved) > 4 else "")
+    diagnostic = Diagnostic(
+        "GP620",
+        f"{folder} brings weights of the base, and other patches on this model rest on those that are there",
+        text=(shown,),
+        fixes=("`freeze ** except @new` makes adapters that stand beside each other",),
+        severity="warning",
+    )
+    warnings.warn(diagnostic.render(), stacklevel=3)
+
+
+@contextmanager
+def _random_state_kept(model: nn.Module) -> Iterator[None]:
+    """New factors are drawn, and then replaced: a training run that goes on shall not notice."""
+    cuda = {p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None}
+    with torch.random.fork_rng(sorted(cuda)):
+        yield

@@ -1,0 +1,97 @@
+"""A patch's adapter, written to disk."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+
+import torch
+
+from .. import __version__
+from ..patch.patch import Patch
+from ..plan.plan import Plan, Step
+from ..plan.ruleset import RuleSet
+from ..tree.compress import compress
+from ..tree.tree import Tree
+from .base import weights_hash
+from .manifest import FORMAT, Base, Change, Manifest, Tensors
+from .pair import write_pair
+from .tensors import added_tensors, content_hash, copied_out, journal_of, moved_tensors
+
+
+def save_adapter(patch: Patch, directory: str | PathLike[str], *, hash_base: bool = False) -> None:
+    """Write `adapter.safetensors` and `adapter.json` into `directory`, which `load_adapter` reads.
+
+    The tensors are what the patch added, and what of the base is not what it was: weights that the rules train or that
+    require grad now, and running statistics. The json holds the rules, what they change, and the base's tree;
+    `hash_base` adds a hash of the bytes of all its other weights, so that loading tells a base with the same shapes and
+    other weights. The same patch gives the same bytes. An adapter that was there is replaced as a whole: a crash at any
+    moment leaves the old one or the new one. Of a sharded model every rank must call this.
+
+    Raises `Error` (GP604) where the files cannot be written, with the old ones left, GP605 where there are no values to
+    save (the meta device); `ApplyError` (GP509) where the patch was reverted or is switched off.
+    """
+    journal_of(patch)
+    plan = original_plan(patch)
+    added, moved = added_tensors(patch), moved_tensors(plan, patch.model)
+    tensors = copied_out({**added, **moved})
+    tree = plan.tree
+    base = Base(
+        model=tree.title,
+        fingerprint=tree.fingerprint,
+        weights=weights_hash(tree),
+        content=content_hash(tree, moved) if hash_base else None,
+        tree=replace(tree, source="").to_text().rstrip("\n").split("\n"),  # the same from every device
+    )
+    manifest = Manifest(
+        format=FORMAT,
+        adapter=plan.adapter,
+        libraries={"graphpatch": __version__, "torch": torch.__version__},
+        params=dict(plan.params),
+        allow_import=list(plan.allow_import),
+        changes=changes_of(plan),
+        tensors=Tensors(sha256="0" * 64, added=list(added), base=list(moved)),
+        base=base,
+        rules=json.loads(plan.rules.to_json()),
+    )
+
+    def with_digest(digest: str) -> Manifest:
+        return manifest.model_copy(update={"tensors": manifest.tensors.model_copy(update={"sha256": digest})})
+
+    write_pair(Path(directory), tensors, with_digest)
+
+
+def original_plan(patch: Patch) -> Plan:
+    """The patch's plan, made anew against the model as it was before any patch."""
+    record = patch.record
+    rules = RuleSet.from_json(json.dumps(record["rules"]))
+    tree = unmarked(Tree.of(patch.model))
+    return rules.plan(tree, adapter=record["adapter"], allow_import=record["allow_import"])
+
+
+def unmarked(tree: Tree) -> Tree:
+    """The tree as if no patch were there."""
+    return replace(tree, marks={})
+
+
+def changes_of(plan: Plan) -> list[Change]:
+    """What a plan changes, as a manifest has it."""
+    return [
+        Change(
+            rule=step.rule,
+            op=step.op.op,
+            arguments=step.op.arguments(),
+            paths=_paths(plan.tree, step),
+            count=len(step.nodes),
+            adds={name: (list(tensor.shape), tensor.dtype) for name, tensor in step.adds.items()},
+        )
+        for step in plan.steps
+    ]
+
+
+def _paths(tree: Tree, step: Step) -> list[str]:
+    if step.parameter is None:
+        return compress(tree, step.nodes)
+    return compress(tree, [], [(node, step.parameter) for node in step.nodes])

@@ -55,7 +55,8 @@ def apply(
     plan = rules.plan(model, adapter=adapter, allow_import=allow_import)
     for diagnostic in plan.warnings:
         warnings.warn(diagnostic.render(), stacklevel=2)
-    return apply_plan(plan, model)
+    # The tree was taken of this model a moment ago: no need to ask whether it still holds.
+    return _carried(plan, model) or _carry_out(plan, model, plan.tree, plan.allow_import)
 
 
 def apply_plan(plan: Plan, model: nn.Module, allow_import: Sequence[str] = ()) -> Patch:
@@ -64,14 +65,21 @@ def apply_plan(plan: Plan, model: nn.Module, allow_import: Sequence[str] = ()) -
     Raises `ApplyError` where the model is not the one planned for, or cannot be changed; then nothing has changed.
     An interruption (KeyboardInterrupt) is passed on, after everything was taken back.
     """
+    known = _carried(plan, model)
+    return known or _carry_out(plan, model, bind(plan.tree, model), (*plan.allow_import, *allow_import))
+
+
+def _carried(plan: Plan, model: nn.Module) -> Patch | None:
+    """The handle of this very plan, where the model carries it."""
     root = unwrapped(model)
-    for journal in journals_of(root):
-        if journal.id == plan.id:
-            return Patch(root, journal)
-    tree = bind(plan.tree, model)
+    return next((Patch(root, journal) for journal in journals_of(root) if journal.id == plan.id), None)
+
+
+def _carry_out(plan: Plan, model: nn.Module, tree: Tree, allow_import: Sequence[str]) -> Patch:
+    root = unwrapped(model)
     nodes = [node for step in plan.steps for node in step.nodes]
     refuse_distributed(model, tree, nodes)
-    changes = Preflight(plan.id, tree, plan.grads, (*plan.allow_import, *allow_import)).changes(plan.steps)
+    changes = Preflight(plan.id, tree, plan.grads, allow_import).changes(plan.steps)
 
     journal = Journal(plan.id, plan.record, tree.names, tree.parents)
     try:

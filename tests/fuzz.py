@@ -5,9 +5,11 @@ A target is a reader and the texts it starts from; another room adds its own to 
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,10 @@ from graphpatch.lang.diagnostics import Error
 from graphpatch.lang.formatter import format_rules
 from graphpatch.lang.parser import parse_rules
 from graphpatch.lang.program import LIBRARY, Program, parse_program
+from graphpatch.plan.plan import Plan
+from graphpatch.plan.ruleset import RuleSet
+from graphpatch.tree.headers import read_headers
+from graphpatch.tree.tree import Tree
 
 HERE = Path(__file__).parent
 SLOWEST = 5.0
@@ -59,11 +65,84 @@ def _sound(error: Error) -> None:
             assert (place.span.line, place.span.column) <= (place.span.end_line, place.span.end_column), finding
 
 
+def tree(text: str | bytes) -> None:
+    """Whatever was read can be written, and reads back as the same."""
+    try:
+        read = Tree.from_text(text.decode("utf-8", "replace") if isinstance(text, bytes) else text)
+    except Error as error:
+        _sound(error)
+        raise
+    written = read.to_text()
+    again = Tree.from_text(written)
+    assert again.to_text() == written and again.fingerprint == read.fingerprint, "writing changes the tree"
+
+
+def headers(text: str | bytes) -> None:
+    """A safetensors file whose header is this text (or that is these bytes)."""
+    header = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else b""
+    with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+        file.write(text if isinstance(text, bytes) else len(header).to_bytes(8, "little") + header)
+        file.flush()
+        read = read_headers(file.name)
+    assert Tree.from_text(read.to_text()).fingerprint == read.fingerprint, "writing changes the tree"
+
+
+def rule_set(text: str | bytes) -> None:
+    read = RuleSet.from_json(text)
+    assert RuleSet.from_json(read.to_json()) == read, "JSON changes the rules"
+
+
+def plan(text: str | bytes) -> None:
+    read = Plan.from_json(text)
+    assert Plan.from_json(read.to_json()).id == read.id, "JSON changes the plan"
+
+
 def _rule_texts() -> list[str]:
     jobs = (HERE / "lang" / "jobs.rules.txt").read_text(encoding="utf-8").split("###")
     wrong = re.findall(r"^>>> (.*)$", (HERE / "lang" / "mistakes.txt").read_text(encoding="utf-8"), re.MULTILINE)
     packaged = [path.read_text(encoding="utf-8") for path in sorted(LIBRARY.rglob("*.rules"))]
     return [*("#" + job for job in jobs[1:]), *packaged, *wrong]
+
+
+_MODEL = """graphpatch tree 1
+source "meta"
+
+classes
+  Model = my.Model < torch.nn.modules.module.Module
+  List = torch.nn.modules.container.ModuleList < torch.nn.modules.module.Module
+  Linear = torch.nn.modules.linear.Linear < torch.nn.modules.module.Module
+  Block = my.Block < torch.nn.modules.module.Module
+
+config 0
+  hidden_size = 4
+  names = ["a", {"b": 1.5}]
+
+modules
+  ^: Model; config 0
+    embed: Linear in_features=4 out_features=4; param weight float32[4,4]
+    "odd name": Linear in_features=4 out_features=4; param weight float32[4,4] frozen; buffer b int64[]
+    layers: List
+      [0:3]: Block index=@
+        q: Linear in_features=4 out_features=4 bias=null; param weight bfloat16[4,4]
+        k: Linear in_features=4 out_features=2 t=[1,["x",null,true]] nan=NaN; param weight bfloat16[2,4]
+    head: Linear in_features=4 out_features=4; param weight float32[4,4]
+      weight = ^embed.weight
+    again -> ^layers.1.q
+
+end 14 modules
+"""
+_HEADER = {
+    "__metadata__": {"format": "pt"},
+    "model.layers.0.q.weight": {"dtype": "BF16", "shape": [4, 4], "data_offsets": [0, 32]},
+    "model.layers.10.q.weight": {"dtype": "F32", "shape": [], "data_offsets": [32, 36]},
+    "odd name.\u00e9": {"dtype": "I64", "shape": [0, 3], "data_offsets": [36, 36]},
+}
+_JSON = '{ } [ ] , : " 0 -1 1e999 NaN null true {} [] "a" "" \\u0000 \\ud800 [[[[ {"a": "kind" "span": "text"'.split()
+
+
+def _rule_sets() -> list[RuleSet]:
+    patches = "param n: int = 2\npatch layers[i in -$n:].{q,k} with lora(rank=$i) expect 4 as x\ntrain layers as y"
+    return [RuleSet(parse_program(text)) for text in (patches, "use freeze")]
 
 
 TARGETS: dict[str, Target] = {
@@ -78,6 +157,22 @@ TARGETS: dict[str, Target] = {
             "\x00",
             "�",
         ],
+    ),
+    "tree": Target(
+        tree,
+        [_MODEL, *(path.read_text(encoding="utf-8") for path in sorted((HERE / "rules" / "trees").glob("*.tree")))],
+        [
+            *'^ -> = : ; param buffer config length note float32[4,4] [0:3]: @ @1+1 end 13 0 1 99999999999 {} [ ] "'.split(),
+            "  ",
+            "\n",
+        ],
+    ),
+    "headers": Target(headers, [json.dumps(_HEADER)], [*_JSON, '"shape": [1]', '"dtype": "F4"', ".0.", "..", "."]),
+    "rule_set": Target(rule_set, [one.to_json() for one in _rule_sets()], _JSON),
+    "plan": Target(
+        plan,
+        [one.plan(Tree.from_text(_MODEL)).to_json() for one in _rule_sets()],
+        [*_JSON, '"changes"', '"tree"', "layers[0:3]"],
     ),
 }
 

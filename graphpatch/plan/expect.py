@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import eq, ge, gt, le, lt, ne
 
 from ..lang.diagnostics import Diagnostic
@@ -76,13 +76,35 @@ def _count(tree: Tree, reached: Reach) -> tuple[list[int], list[Hit]]:
     """Hits in (or at) each group, and the hits outside every group."""
     hits = reached.hits()
     if tree.edges:
-        covers = [Cover(tree, [group]) for group in reached.groups]
-        counts = [sum(owner(h) in cover for h in hits) for cover in covers]
-        return counts, [h for h in hits if not any(owner(h) in cover for cover in covers)]
+        # A module with several paths is inside all that stands above any of them.
+        places = defaultdict(list)
+        for node, parent, _ in tree.edges:
+            places[node].append(parent)
+        inside = dict.fromkeys(reached.groups, 0)
+        outside = []
+        for hit in hits:
+            above = [group for group in _above(tree, owner(hit), places) if group in inside]
+            for group in above:
+                inside[group] += 1
+            if not above:
+                outside.append(hit)
+        return list(inside.values()), outside
     owners = sorted(owner(h) for h in hits)
     counts = [bisect_left(owners, tree.ends[g]) - bisect_left(owners, g) for g in reached.groups]
     everything = Cover(tree, reached.groups)
     return counts, [h for h in hits if owner(h) not in everything]
+
+
+def _above(tree: Tree, node: int, places: Mapping[int, Sequence[int]]) -> set[int]:
+    """The node and all that it stands in, over every path."""
+    seen, open_ = {node}, [node]
+    while open_:
+        at = open_.pop()
+        for parent in (tree.parents[at], *places.get(at, ())):
+            if parent >= 0 and parent not in seen:
+                seen.add(parent)
+                open_.append(parent)
+    return seen
 
 
 def _uneven(tree: Tree, reached: Reach, counts: Sequence[int], wrong: Sequence[int], said: str, per: str) -> Diagnostic:

@@ -139,7 +139,15 @@ class FileScope:
 
     # ── config ──
     def config(self) -> Mapping[str, Any] | None:
-        return self.world.tree.config_of(0)
+        tree = self.world.tree
+        config = tree.config_of(0)
+        if config is None:
+            # A LightningModule stands for the model in it, as it does for what is anchored.
+            from ..tree.match import inner_model
+
+            inner = inner_model(tree)
+            config = tree.config_of(inner) if inner is not None else None
+        return config
 
     def _config(self, keys: list[str], span: Span | None) -> Any:
         config: Any = self.config()

@@ -164,7 +164,8 @@ def _index(tree: Tree, reached: Sequence[int], test: Indices, here: str) -> str:
     lengths = {node: container_length(tree, node) for node in reached}
     numbered = [node for node in reached if lengths[node]]
     if not numbered:
-        return f"{here} has no numbered children; they are {listed(tree, reached)}"
+        named = listed(tree, reached)
+        return f"{here} has no numbered children" + (f"; they are {named}" if named != "none" else " (nor others)")
     said = ", ".join(f"{_where(tree, [n])} has {lengths[n]}: 0 to {lengths[n] - 1}" for n in numbered[:3])
     return f"{said}; none is `[{_spans(test)}]`"
 

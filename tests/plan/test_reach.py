@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import graphpatch
-from tests.toys import meta_lm
+from tests.toys import lm, meta_lm
 
 
 @pytest.fixture(scope="module")
@@ -221,3 +222,24 @@ def refusal_of_rule(text: str, tree) -> graphpatch.Error:
     with pytest.raises(graphpatch.RuleError) as caught:
         graphpatch.parse(text).plan(tree)
     return caught.value
+
+
+def test_a_module_counts_in_every_group_that_holds_one_of_its_paths():
+    blocks = torch.nn.ModuleList([torch.nn.ModuleDict({"q": torch.nn.Linear(2, 2)}) for _ in range(3)])
+    blocks[2]["q"] = blocks[0]["q"]
+    model = torch.nn.ModuleDict({"blocks": blocks, "head": blocks[1]["q"]})
+    assert paths("patch blocks[*].q with lora(rank=1) expect 1 per blocks[*]", model) == ["blocks.0.q", "blocks.1.q"]
+    error = refusal("patch blocks[*].q with lora(rank=1) expect 1 per blocks[2]", model)
+    assert error.code == "GP413" and "1 of 2 matches" in str(error) and "^blocks[1].q" in str(error)
+
+
+def test_the_config_of_a_lightning_module_is_that_of_the_model_in_it():
+    lightning = pytest.importorskip("lightning")
+
+    class Task(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = lm(layers=2)
+
+    text = "when config.num_hidden_layers == 2 { patch q_proj with lora(rank=config.num_hidden_layers) }"
+    assert len(paths(text, Task())) == 2

@@ -1,0 +1,97 @@
+"""The jobs that people bring (`tests/lang/jobs.rules.txt`): those whose ops exist plan on a model they are meant for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import graphpatch
+from graphpatch.lang.parser import parse_rules
+from graphpatch.ops.registry import names
+
+from .families import TREES
+
+TEXT = (Path(__file__).parent.parent / "lang" / "jobs.rules.txt").read_text(encoding="utf-8")
+JOBS = dict(part.split("\n", 1) for part in re.split(r"^### ", TEXT, flags=re.MULTILINE)[1:])
+
+
+def family(name: str) -> Callable[[], graphpatch.Tree]:
+    return lambda: graphpatch.Tree.read(str(TREES / f"{name}.tree"))
+
+
+def unet() -> graphpatch.Tree:
+    """The names of diffusers' UNet2DConditionModel, where an attention's output is a Sequential of its own."""
+
+    def attention() -> nn.Module:
+        one = nn.ModuleDict({f"to_{x}": nn.Linear(4, 4) for x in "qkv"})
+        one["to_out"] = nn.ModuleList([nn.Linear(4, 4), nn.Dropout()])
+        return one
+
+    def block() -> nn.Module:
+        transformer = nn.ModuleDict({"attn1": attention(), "attn2": attention()})
+        inner = nn.ModuleDict({"transformer_blocks": nn.ModuleList([transformer])})
+        return nn.ModuleDict({"attentions": nn.ModuleList([inner])})
+
+    with torch.device("meta"):
+        sides = {side: nn.ModuleList([block() for _ in range(3)]) for side in ("down_blocks", "up_blocks")}
+        return graphpatch.Tree.of(nn.ModuleDict(sides))
+
+
+def odd_names() -> graphpatch.Tree:
+    block = nn.Module()
+    block.add_module("to q", nn.Linear(4, 4))
+    model = nn.Module()
+    model.add_module("down-blocks", nn.ModuleList([block]))
+    return graphpatch.Tree.of(model)
+
+
+PLANNED: dict[str, tuple[Callable[[], graphpatch.Tree], int, int | None]] = {
+    # job: the model, how many changes, how many trainable parameters where the job is about those
+    "every other layer": (family("llama"), 32, None),
+    "VLM, vision tower untouched": (family("llava"), 96, None),
+    "hybrid Mamba/attention": (family("mamba"), 64, None),
+    "bitfit": (family("bert"), 0, 12 * (8 * 768 + 3072 - 768) + 3 * 768 + 30_522),
+    "LN-tuning": (family("llama"), 0, 65 * 4096),
+    "freeze then unfreeze": (family("llama"), 0, None),
+    "replace all RMSNorms": (family("gemma2"), 105, None),
+    "UNet attention": (unet, 48, None),
+    "mixture of LoRA, two adapters on one linear": (family("llama"), 64, None),
+    "shared by two models through a parameter": (family("t5"), 12, None),
+    "condition on model type": (family("llama"), 0, 0),
+    "megatron and HF in one file": (family("llama"), 96, None),
+    "first and last layers protected": (family("llama"), 28 * 7, None),
+    "override of one layer": (family("llama"), 32, None),
+    "odd names": (odd_names, 1, None),
+}
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_job_parses(job: str) -> None:
+    assert parse_rules(JOBS[job]).statements
+
+
+@pytest.mark.parametrize("job", PLANNED)
+def test_a_job_plans_on_a_model_it_is_meant_for(job: str) -> None:
+    model, changes, trainable = PLANNED[job]
+    plan = graphpatch.parse(JOBS[job]).plan(model())
+    assert len(plan.changes) == changes
+    assert trainable is None or plan.trainable == trainable
+
+
+def test_a_job_that_is_not_planned_names_an_op_that_is_to_come() -> None:
+    for job in JOBS.keys() - PLANNED.keys():
+        called = set(re.findall(r"(?:with|then|insert_after\(.*,) ([\w.]+)", JOBS[job]))
+        assert called - set(names()) or "use softcap" in JOBS[job] or job in ARGUMENTS, job
+
+
+ARGUMENTS = {
+    "GPT-2 fused c_attn by part",
+    "tied heads",
+    "hyper-connection: MHA fused in_proj, q and v",
+}
+"""Jobs whose op is there, but not yet with the argument that they give it."""

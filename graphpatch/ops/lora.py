@@ -6,10 +6,10 @@ from typing import ClassVar, Literal
 
 from pydantic import field_validator
 
-from ..tree.tree import Tensor
+from ..tree.tree import Signature, Tensor
 from .arguments import Count, Flag, Real, Share
 from .calls import refuse_uncalled
-from .lora_shapes import factor_shapes
+from .lora_shapes import EXACT, factor_shapes
 from .op import Op, Refusal, Target
 from .registry import register
 
@@ -25,6 +25,10 @@ class Lora(Op):
 
     The `Conv1D` of Transformers (GPT-2) is a linear whose weight is stored (in, out); its factors are a linear's.
 
+    On `nn.Embedding`, A is rank x vocabulary and B dim x rank: the row of a token x gains s B A[:, x]. There A starts
+    at zero and B standard normal, as PEFT has it, so the row of `padding_idx` stays what it is; dropout, on the one-hot
+    input that an embedding stands for, drops a token's whole update. `max_norm` and `sparse` are refused.
+
     A module whose weight is tied to another's is refused: an update of a head would be none of the embedding that is
     the same matrix.
 
@@ -34,6 +38,7 @@ class Lora(Op):
     accepts: ClassVar = {
         "torch.nn.modules.linear.Linear": "graphpatch.rewrites.lora:LoraLinear",
         "transformers.pytorch_utils.Conv1D": "graphpatch.rewrites.lora_conv1d:LoraConv1D",
+        "torch.nn.modules.sparse.Embedding": "graphpatch.rewrites.lora_embedding:LoraEmbedding",
     }
     level: ClassVar[int] = 10
     exact_at_init: ClassVar[bool] = True
@@ -46,7 +51,8 @@ class Lora(Op):
     dropout: Share = 0.0
     use_rslora: Flag = False
     init: Literal["kaiming", "gaussian"] = "kaiming"
-    """Of A: uniform in +-1/sqrt(in), as `nn.Linear` has it, or normal with a deviation of 1/rank."""
+    """Of A: uniform in +-1/sqrt(in), as `nn.Linear` has it, or normal with a deviation of 1/rank; embeddings have one
+    of their own."""
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
     """Of the factors; else the weight's, and float32 where that is half precision or quantised."""
     adapter: str | None = None
@@ -86,12 +92,32 @@ class Lora(Op):
                 "run the model once on a batch, so that its lazy modules take their shapes, then patch",
             )
         _refuse_tied(target)
+        self._refuse_unknown_forward(target.signature)
+        if self.init != "kaiming" and "torch.nn.modules.sparse.Embedding" in mro:
+            raise Refusal(
+                f"`init` has no effect on {target.signature.cls}: lora_A starts at zero there, and lora_B is random",
+                "give embeddings a rule of their own, without init",
+            )
         factor_shapes(target.signature, self.rank)
         taken = [k for k in self.keys if k in target.signature.parameters or k in target.signature.buffers]
         if taken:
             raise Refusal(
                 f"{target.signature.cls} has a tensor called `{taken[0]}` already",
                 f'give this one a name: lora(rank={self.rank}, adapter="mine")',
+            )
+
+    def _refuse_unknown_forward(self, signature: Signature) -> None:
+        """The update of a linear is added to whatever a subclass makes of the base. That of an embedding or a
+        convolution needs the input as the base sees it, and a subclass may shift its indices, or pad."""
+        row = next((c for c in signature.mro if c in self.accepts), "")
+        own = next((c for c in signature.mro if not c.startswith("torch.nn.utils.parametrize.")), "")
+        # Transformers' word embeddings that multiply their rows say by what.
+        scales = "embed_scale" in signature.attributes or "embed_scale" in signature.buffers
+        if row in EXACT and own != row and not scales:
+            raise Refusal(
+                f"{signature.cls} derives from {row.rpartition('.')[2]} and may use its input otherwise "
+                f"(positions count from an offset, a convolution pads), so an update from the input could be wrong",
+                f'if its forward is that of its base: graphpatch.accept("lora", "{own}", "{self.accepts[row]}")',
             )
 
     def adds(self, target: Target) -> dict[str, Tensor]:

@@ -21,26 +21,40 @@ def factor_shapes(signature: Signature, rank: int) -> tuple[Shape, Shape]:
 
 def linear(signature: Signature, rank: int) -> tuple[Shape, Shape]:
     """Attributes first: a packed 4-bit weight has another shape, a parametrised one is absent."""
-    sizes = _sizes(signature, "out_features", "in_features")
-    if sizes is None:
-        sizes = _matrix(signature)
-    out, in_ = sizes
+    out, in_ = _sizes(signature, "out_features", "in_features") or _matrix(signature)
     return (rank, in_), (out, rank)
 
 
 def conv1d(signature: Signature, rank: int) -> tuple[Shape, Shape]:
     """The `Conv1D` of Transformers: nx features in, nf out, and the weight (in, out)."""
-    sizes = _sizes(signature, "nf", "nx")
-    if sizes is None:
-        sizes = _matrix(signature)[::-1]
-    out, in_ = sizes
+    out, in_ = _sizes(signature, "nf", "nx") or _matrix(signature)[::-1]
     return (rank, in_), (out, rank)
+
+
+def embedding(signature: Signature, rank: int) -> tuple[Shape, Shape]:
+    """E is (vocabulary, dim) and gains (B A)^T."""
+    dim, vocabulary = _sizes(signature, "embedding_dim", "num_embeddings") or _matrix(signature)[::-1]
+    if signature.attributes.get("max_norm") is not None:
+        raise Refusal(
+            f"{signature.cls} has a max_norm, so each call shortens rows of its weight in place: no frozen base",
+            "renormalise once, then build it without max_norm",
+        )
+    if signature.attributes.get("sparse") is True:
+        raise Refusal(
+            f"{signature.cls} has sparse gradients, and PyTorch can transpose none into those of lora_A",
+            "build it with sparse=False: a frozen weight has no gradient to keep sparse",
+        )
+    return (rank, vocabulary), (dim, rank)
 
 
 KINDS: dict[str, Callable[[Signature, int], tuple[Shape, Shape]]] = {
     "transformers.pytorch_utils.Conv1D": conv1d,
+    "torch.nn.modules.sparse.Embedding": embedding,
 }
 """By qualified class name; the first of a target's MRO that stands here decides."""
+
+EXACT = frozenset({"torch.nn.modules.sparse.Embedding"})
+"""Those whose subclasses are refused, since they may use their input otherwise."""
 
 
 def _sizes(signature: Signature, *names: str) -> Shape | None:

@@ -404,7 +404,7 @@ def test_patching_in_inference_mode_gives_parameters_that_train():
 
 
 def test_what_a_rule_may_not_touch_is_refused_and_nothing_has_changed():
-    assert "lora" in refused("GP410", lm(), "patch embed_tokens with lora(rank=2)")
+    assert "lora" in refused("GP410", lm(), "patch ^model.norm with lora(rank=2)")
     model = lm()
     model.lm_head.lora_A = "mine"
     assert "lora_A" in refused("GP502", model)

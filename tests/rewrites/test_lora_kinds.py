@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
 import graphpatch
@@ -29,6 +31,8 @@ class Kind(NamedTuple):
     """Whether PEFT computes the same here."""
     rows: int = 0
     """The input is indices below this number."""
+    frequency: bool = False
+    """Gradients are divided by how often a row is used, which those of a weight made of others would not be."""
 
     def input(self, dtype: torch.dtype = torch.float32) -> Tensor:
         torch.manual_seed(2)
@@ -48,6 +52,17 @@ def transposed(a: Tensor, b: Tensor) -> Tensor:
 KINDS = {
     "Conv1D": Kind(lambda: Conv1D(5, 7), (2, 4, 7), transposed),
     "Conv1D on one row": Kind(lambda: Conv1D(5, 7), (4, 7), transposed),
+    "Embedding": Kind(lambda: nn.Embedding(11, 5), (2, 4), transposed, rows=11),
+    "Embedding, padded": Kind(lambda: nn.Embedding(11, 5, padding_idx=3), (6, 4), transposed, rows=11),
+    "Embedding, by frequency": Kind(
+        lambda: nn.Embedding(5, 6, scale_grad_by_freq=True), (4, 4), transposed, rows=5, frequency=True
+    ),
+    "Embedding, scaled by a buffer": Kind(
+        lambda: Gemma3TextScaledWordEmbedding(11, 5, 0, embed_scale=1.5), (6, 4), transposed, rows=11
+    ),
+    "Embedding, scaled by a number": Kind(
+        lambda: BartScaledWordEmbedding(11, 5, 0, embed_scale=1.5), (6, 4), transposed, rows=11, peft=False
+    ),
 }
 every = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 
@@ -60,6 +75,10 @@ def apply(model: nn.Module, kind: Kind, arguments: str = "", trained: bool = Tru
         torch.manual_seed(1)
         for parameter in patch.trainable_parameters():
             nn.init.normal_(parameter)
+        padding = getattr(model[0], "padding_idx", None)
+        if padding is not None:
+            # Zero at first, and without a gradient ever after.
+            model[0].lora_A.data[:, padding] = 0
     return patch
 
 
@@ -140,6 +159,8 @@ def test_forward_and_gradients_are_those_of_the_patched_weight(kind):
     state = {**dict(plain.named_parameters()), "0.weight": plain[0].weight + 2 * kind.delta(a, b)}
     y, z = ours(x), functional_call(plain, state, (x,))
     near(y, z)
+    if kind.frequency:
+        return
     weights, wanted = torch.randn_like(y), [*inputs(x), a, b]
     mine, yours = (
         torch.autograd.grad(
@@ -290,3 +311,56 @@ def test_compiled_and_exported(kind):
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     near(compiled(x), model(x))
     near(torch.export.export(model.eval(), (x.detach(),)).module()(x), model(x))
+
+
+# ── what only some have ──
+
+
+def test_dropout_on_an_embedding_drops_whole_tokens():
+    kind = KINDS["Embedding"]
+    model, plain = kind.model(), kind.model()
+    apply(model, kind, ", dropout=0.5")
+    x = torch.arange(11).repeat(20, 1)
+    with torch.no_grad():
+        full = model.eval()(x) - plain(x)
+        dropped = model.train()(x) - plain(x)
+    kept = dropped.abs().amax(-1) > 1e-5
+    assert 0.35 < kept.float().mean() < 0.65
+    torch.testing.assert_close(dropped[kept], 2 * full[kept], atol=1e-5, rtol=1e-5)
+
+
+def test_the_row_of_the_padding_stays_what_it_is():
+    kind = KINDS["Embedding, padded"]
+    model = kind.model()
+    patch = apply(model, kind, trained=False)
+    optimizer = torch.optim.AdamW(patch.trainable_parameters(), lr=0.1)
+    x = torch.arange(11)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(x) - 1).pow(2).sum().backward()
+        optimizer.step()
+    pad, other = torch.tensor([3]), torch.tensor([4])
+    assert torch.equal(model(pad), kind.model()(pad)) and not torch.equal(model(other), kind.model()(other))
+
+
+class Positions(nn.Embedding):
+    """Rows counted from an offset, as many position embeddings of Transformers do."""
+
+    def forward(self, input):
+        return super().forward(input + 2)
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "says"),
+    [
+        (lambda: nn.Embedding(5, 4, max_norm=1.0), "", "max_norm"),
+        (lambda: nn.Embedding(5, 4, sparse=True), "", "sparse"),
+        (lambda: nn.Embedding(5, 4), ', init="gaussian"', "no effect"),
+        (lambda: nn.EmbeddingBag(5, 4), "", "does not accept EmbeddingBag"),
+        (lambda: Positions(5, 4), "", "graphpatch.accept"),
+    ],
+)
+def test_what_would_be_wrong_is_refused(module, options, says):
+    with pytest.raises(graphpatch.PlanError, match=says) as caught:
+        graphpatch.parse(f"patch ^0 with lora(rank=2{options})").plan(nn.Sequential(module()))
+    assert caught.value.code == "GP410"

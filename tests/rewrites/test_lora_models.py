@@ -65,6 +65,23 @@ def test_gpt2():
     compare(gpt2, rules, ["c_attn", "c_proj", "c_fc"], tokens(), 8, fan_in_fan_out=True)
 
 
+def bert() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        num_hidden_layers=2, hidden_size=32, num_attention_heads=4, intermediate_size=48, vocab_size=50
+    )
+    return transformers.BertModel(config).eval()
+
+
+def test_bert_with_its_embeddings():
+    rules = """
+        patch word_embeddings | token_type_embeddings with lora(rank=4, alpha=8) expect 2
+        patch layer[*].**.{query,value} with lora(rank=4, alpha=8) expect 2 per layer[*]
+    """
+    targets = ["word_embeddings", "token_type_embeddings", "query", "value"]
+    compare(bert, rules, targets, tokens(), 6)
+
+
 def test_the_packaged_rules_train_gpt2():
     model = gpt2().train()
     patch = graphpatch.apply(model, "lora", rank=4)

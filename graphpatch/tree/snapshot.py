@@ -67,6 +67,7 @@ class _Shape:
     notes: frozenset[str]
     special: bool
     """Wrapped, patched, or without plain dicts of children and parameters, as a ScriptModule."""
+    only_patched: bool
     layouts: dict[tuple[type, ...], _Layout]
 
 
@@ -95,6 +96,8 @@ class _Walk:
         first_place: dict[int, int] = {}
         first_parameter: dict[int, Parameter] = {}
         edges: list[tuple[int, int, str]] = []
+        changes: dict[tuple[int, int], tuple[tuple[Any, ...], tuple[Any, ...]]] = {}
+        as_patched = self._as_patched
         plain_parameter = nn.Parameter
         stack: list[tuple[str, int, int, Any]] = [("", -1, -1, model)]
         pop, push = stack.pop, stack.append
@@ -109,10 +112,13 @@ class _Walk:
             further: tuple[Any, ...] = ()
             record = None
             if shape.special:
-                module, entries, shape, wrapped, record = self._unwrap(module, parent < 0)
-                cls = type(module)
-                if wrapped:
-                    further = (wrapped,)
+                if shape.only_patched and not as_patched:
+                    record = entries["_graphpatch"]
+                if record is None or getattr(record, "original", None) is not None:
+                    module, entries, shape, wrapped, record = self._unwrap(module, parent < 0)
+                    cls = type(module)
+                    if wrapped:
+                        further = (wrapped,)
             known = first_place.setdefault(id(module), node)
             if known != node:
                 edges.append((known, parent, name))
@@ -170,7 +176,15 @@ class _Walk:
                 if layout.config:
                     further += (self._config(entries["config"]),)
             if record is not None:
-                further += self._changes(layout, record, node)
+                # Modules that were patched alike share their record.
+                changed = changes.get((id(layout), id(record)))
+                if changed is None:
+                    changed = changes[id(layout), id(record)] = self._changes(layout, record)
+                    self._kept.append(record)
+                marks, more = changed
+                further += more
+                if marks:
+                    tree.marks[node] = marks
             key = (values, tensors, further)
             try:
                 signature = layout.signatures.get(key, -1)
@@ -204,13 +218,15 @@ class _Walk:
             notes |= {note for name, note in (("FSDPModule", "fsdp"),) if name in lineage}
             if "parametrizations" in (entries.get("_modules") or ()):
                 notes.add("parametrized")
+            ordinary = lineage.isdisjoint(WRAPPERS) and _is_plain(entries)
             public = tuple(name for name in names if name[:1] != "_" and name != "training")
             shape = self._all_shapes[cls, names] = _Shape(
                 names=names,
                 public=public,
                 read=_reader(public),
                 notes=frozenset(notes),
-                special="_graphpatch" in entries or not lineage.isdisjoint(WRAPPERS) or not _is_plain(entries),
+                special="_graphpatch" in entries or not ordinary,
+                only_patched="_graphpatch" in entries and ordinary,
                 layouts={},
             )
         self._shapes[cls] = shape
@@ -253,12 +269,12 @@ class _Walk:
             record = _Record((*marks, *(record.marks if record else ())), record)
         return module, entries, self._shape(module, entries), frozenset(wrapped), record
 
-    def _changes(self, layout: _Layout, record: Any, node: int) -> tuple[Any, ...]:
-        """What tells patched modules apart, beside what they hold: the attributes that patches added or changed."""
-        if record.marks:
-            self.tree.marks[node] = tuple(record.marks)
+    def _changes(self, layout: _Layout, record: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """The marks of a patched module, and what tells it apart beside what it holds: the attributes that patches
+        added or changed."""
         added = [name for name in layout.facts if name in record.added]
-        return (*added, *((name, repr(as_fact(value))) for name, value in sorted(record.attributes.items())))
+        told = (*added, *((name, repr(as_fact(value))) for name, value in sorted(record.attributes.items())))
+        return tuple(record.marks), told
 
     def _intern(
         self,

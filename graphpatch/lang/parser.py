@@ -13,7 +13,6 @@ from .build import Builder
 from .build_expressions import too_deep
 from .diagnostics import Diagnostic, Place, RuleError, Source, Span
 from .grammar import grammar
-from .mistakes import explain
 from .spot import STATEMENTS, Spot
 from .syntax import Expr, ListExpr, Literal_, RuleFile, SelectorUnion, Unary
 
@@ -203,6 +202,9 @@ class _Reading:
         """Note what is wrong at `offset` and put the parser where it can go on."""
         words = [value for value in self.state.value_stack if isinstance(value, Token)]
         spot = Spot(self.source, offset, self.interactive.accepts(), words, self.last, self.start)
+        # What people get wrong is known by a file of its own, which a right text never needs.
+        from .mistakes import explain
+
         finding, resume = explain(spot)
         self.found.append(finding)
         if self.start != "start" or len(self.found) >= MOST_FINDINGS:

@@ -19,9 +19,10 @@ from ..patch.drift import unwrapped
 from ..patch.patch import Patch, patches
 from ..plan.plan import Plan
 from ..plan.ruleset import RuleSet
+from ..plan.select import select
 from ..tree.tree import Mark, Tensor, Tree
 from .base import check_base, log
-from .manifest import Manifest
+from .manifest import Change, Manifest
 from .moved import MovedWeights
 from .pair import JSON, read_pair
 from .save import changes_of, unmarked
@@ -63,7 +64,7 @@ def load_adapter(
     root = unwrapped(model)
     saved = _Saved.read(directory)
     tree = Tree.of(model)
-    check_base(saved.made_on, tree, saved.tensors, saved.folder)
+    check_base(saved.made_on, tree, saved.keys, saved.folder)
     saved.check_content(tree)
     clean = unmarked(tree)
     name = saved.manifest.adapter if adapter is None else adapter
@@ -124,6 +125,11 @@ class _Saved:
     made_on: Tree
     tensors: Named
 
+    @property
+    def keys(self) -> list[str]:
+        """In the order of the model's modules."""
+        return [*self.manifest.tensors.added, *self.manifest.tensors.base]
+
     @classmethod
     def read(cls, directory: str | PathLike[str]) -> _Saved:
         folder = Path(directory)
@@ -139,18 +145,16 @@ class _Saved:
     def check_changes(self, plan: Plan) -> None:
         """Raise `Error` (GP613) where the rules change something else than they did."""
         now, then = changes_of(plan), self.manifest.changes
-        odd = next((b for a, b in zip(now, then) if not b.still(a)), None)
-        if odd is None and len(now) == len(then):
+        gone = [change for change in then if not any(_is_still(change, other, plan.tree) for other in now)]
+        come = [change for change in now if not any(_is_still(other, change, plan.tree) for other in then)]
+        if not gone and not come:
             return
-        what = f"{odd.rule}   {odd.op} on {odd.count} modules, {', '.join(odd.paths[:4])}" if odd else ""
+        lines = [f"- {_written(change)}" for change in gone[:4]] + [f"+ {_written(change)}" for change in come[:4]]
         raise Error(
             Diagnostic(
                 "GP613",
                 f"the rules of {self.folder} do not mean here what they meant when it was saved",
-                text=(
-                    f"it was saved with {len(then)} changes, and its rules give {len(now)}",
-                    *([what] if what else []),
-                ),
+                text=(f"of {len(then)} changes {len(gone)} are gone, and {len(come)} are new", *lines),
                 fixes=("the file was edited, or an op means something else in this version: save the adapter anew",),
             )
         )
@@ -170,6 +174,22 @@ class _Saved:
                     fixes=("load the checkpoint that it was trained on",),
                 )
             )
+
+
+def _is_still(then: Change, now: Change, tree: Tree) -> bool:
+    """Whether a recorded change is this one. Paths may be compressed in another way, by another version."""
+    if not then.still(now) or then.paths == now.paths:
+        return then.still(now)
+    try:
+        one, other = (set(select(tree, " | ".join(change.paths))) for change in (then, now))
+    except Error:  # they are no selectors
+        return False
+    return one == other
+
+
+def _written(change: Change) -> str:
+    given = ", ".join(f"{name}={value}" for name, value in change.arguments.items() if value is not None)
+    return f"{change.op}({given[:100]}) on {change.count}: {', '.join(change.paths[:3])[:200]}"
 
 
 def _is_of(patch: Patch, manifest: Manifest, adapter: str | None) -> bool:

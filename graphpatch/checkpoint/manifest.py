@@ -20,7 +20,7 @@ _HASH = Field(pattern="^[0-9a-f]{64}$")
 
 
 class Change(BaseModel):
-    """One op on nodes that look alike, as it was planned: what the rules must still mean."""
+    """One op, with its arguments, on all the nodes that gained the same: what the rules must still mean."""
 
     model_config = _STRICT
 
@@ -30,20 +30,14 @@ class Change(BaseModel):
     paths: list[str]
     """Compressed; each reads as a selector."""
     count: int
-    adds: dict[str, tuple[list[int], str]] = Field(strict=False)
-    """The parameters that each node gained: shape and dtype."""
+    adds: dict[str, list[int]]
+    """The parameters that each node gained, and their shapes."""
 
     def still(self, now: Change) -> bool:
-        """Whether `now` is this change: an argument that the op has got since does not count, its rules cannot use it.
-
-        Nor does the dtype: factors follow the base, and an adapter may move to a base of another.
-        """
-        return (
-            (self.op, self.paths, self.count) == (now.op, now.paths, now.count)
-            and all(name in now.arguments and now.arguments[name] == value for name, value in self.arguments.items())
-            and [(name, shape) for name, (shape, _) in self.adds.items()]
-            == [(name, shape) for name, (shape, _) in now.adds.items()]
-        )
+        """Whether `now` says the same of its nodes. Arguments that the op has got since are passed over, since its
+        rules cannot use them."""
+        same = (self.op, list(self.adds.items())) == (now.op, list(now.adds.items()))
+        return same and all(name in now.arguments and now.arguments[name] == v for name, v in self.arguments.items())
 
 
 class Base(BaseModel):

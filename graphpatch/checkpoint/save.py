@@ -35,7 +35,8 @@ def save_adapter(patch: Patch, directory: str | PathLike[str], *, hash_base: boo
     """
     journal_of(patch)
     plan = original_plan(patch)
-    added, moved = added_tensors(patch), moved_tensors(plan, patch.model)
+    added = added_tensors(patch)
+    moved = moved_tensors(plan, patch.model, added)
     tensors = copied_out({**added, **moved})
     tree = plan.tree
     base = Base(
@@ -77,21 +78,23 @@ def unmarked(tree: Tree) -> Tree:
 
 
 def changes_of(plan: Plan) -> list[Change]:
-    """What a plan changes, as a manifest has it."""
-    return [
-        Change(
-            rule=step.rule,
-            op=step.op.op,
-            arguments=step.op.arguments(),
-            paths=_paths(plan.tree, step),
-            count=len(step.nodes),
-            adds={name: (list(tensor.shape), tensor.dtype) for name, tensor in step.adds.items()},
-        )
-        for step in plan.steps
-    ]
+    """What a plan changes, as a manifest has it: steps that differ in how the base looks alone are one."""
+    alike: dict[str, list[Step]] = {}
+    for step in plan.steps:
+        gains = {name: list(tensor.shape) for name, tensor in step.adds.items()}
+        alike.setdefault(json.dumps([step.rule, step.op.op, step.op.arguments(), gains]), []).append(step)
+    return [_change(plan.tree, steps) for steps in alike.values()]
 
 
-def _paths(tree: Tree, step: Step) -> list[str]:
-    if step.parameter is None:
-        return compress(tree, step.nodes)
-    return compress(tree, [], [(node, step.parameter) for node in step.nodes])
+def _change(tree: Tree, steps: list[Step]) -> Change:
+    first = steps[0]
+    nodes = [node for step in steps if step.parameter is None for node in step.nodes]
+    parameters = [(node, step.parameter) for step in steps if step.parameter is not None for node in step.nodes]
+    return Change(
+        rule=first.rule,
+        op=first.op.op,
+        arguments=first.op.arguments(),
+        paths=compress(tree, sorted(nodes), sorted(parameters)),
+        count=len(nodes) + len(parameters),
+        adds={name: list(tensor.shape) for name, tensor in first.adds.items()},
+    )

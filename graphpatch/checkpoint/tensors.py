@@ -55,14 +55,20 @@ def added_tensors(patch: Patch) -> Named:
     return found
 
 
-def moved_tensors(plan: Plan, model: nn.Module) -> Named:
-    """What of the base is not what it was, live, by the first path it has in the unpatched model.
+def moved_tensors(plan: Plan, model: nn.Module, taken: Collection[str]) -> Named:
+    """What of the base is not what it was, live, by the first path it has in the unpatched model, as a selector
+    (`^norm.weight`) where that name is `taken`: a wrapper may have a `weight` beside that of what it wraps.
 
     That is every parameter that the plan's rules train, or that requires grad now, and running statistics.
     """
+
+    def add(node: int, name: str, tensor: torch.Tensor) -> None:
+        key = _key(tree, node, name)
+        found[f"^{key}" if key in taken else key] = tensor.detach()
+
     tree, found = plan.tree, Named()
     assert tree.modules is not None
-    live = {id(parameter) for parameter in model.parameters()}
+    live = {id(part) for part in (*model.parameters(), *model.modules())}
     for node, module in enumerate(tree.modules):
         for name in tree.signature(node).parameters:
             parameter = module._parameters.get(name)
@@ -70,15 +76,17 @@ def moved_tensors(plan: Plan, model: nn.Module) -> Named:
                 continue
             asked = plan.grads is not None and plan.grads.of((node, name), new=False) == TRAIN
             if asked or parameter.requires_grad:
-                found[_key(tree, node, name)] = parameter.detach()
-        if isinstance(module, _NormBase) and module.track_running_stats:
-            found |= {_key(tree, node, name): b for name, b in module._buffers.items() if b is not None}
+                add(node, name, parameter)
+        if isinstance(module, _NormBase) and module.track_running_stats and id(module) in live:
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    add(node, name, buffer)
     return found
 
 
 def base_place(tree: Tree, key: str) -> Place | None:
     """The module and the name there of the base's parameter or buffer that has this name in the unpatched model."""
-    owner, _, name = key.rpartition(".")
+    owner, _, name = key.removeprefix("^").rpartition(".")
     node = tree.find(owner)
     if node is None or tree.modules is None:
         return None
@@ -102,7 +110,7 @@ def content_hash(tree: Tree, without: Collection[str]) -> str:
     for node, module in enumerate(tree.modules):
         for name in tree.signature(node).parameters:
             key = _key(tree, node, name)
-            if key in without or (node, name) in tree.first_of:
+            if key in without or f"^{key}" in without or (node, name) in tree.first_of:
                 continue
             try:
                 value = whole(module._parameters[name])

@@ -29,16 +29,24 @@ class Lora(Op):
     at zero and B standard normal, as PEFT has it, so the row of `padding_idx` stays what it is; dropout, on the one-hot
     input that an embedding stands for, drops a token's whole update. `max_norm` and `sparse` are refused.
 
+    On `nn.Conv1d/2d/3d`, A is a convolution like the base (stride, padding, dilation) with rank channels out, B one of
+    size 1 from those, so the weight gains s B A, multiplied over the channels. Groups hold for both factors and split
+    the rank, which must be a multiple of them; PEFT's A has none, and so cannot be merged.
+
     A module whose weight is tied to another's is refused: an update of a head would be none of the embedding that is
     the same matrix.
 
-    Hu et al., LoRA, arXiv:2106.09685, section 4.1. Kalajdzievski, rsLoRA, arXiv:2312.03732, section 3.
+    Hu et al., LoRA, arXiv:2106.09685, section 4.1. Kalajdzievski, rsLoRA, arXiv:2312.03732, section 3. Embeddings and
+    convolutions as in PEFT 0.21, peft/tuners/lora/layer.py, but for groups and dropout on embeddings.
     """
 
     accepts: ClassVar = {
         "torch.nn.modules.linear.Linear": "graphpatch.rewrites.lora:LoraLinear",
         "transformers.pytorch_utils.Conv1D": "graphpatch.rewrites.lora_conv1d:LoraConv1D",
         "torch.nn.modules.sparse.Embedding": "graphpatch.rewrites.lora_embedding:LoraEmbedding",
+        "torch.nn.modules.conv.Conv1d": "graphpatch.rewrites.lora_convolution:LoraConvolution",
+        "torch.nn.modules.conv.Conv2d": "graphpatch.rewrites.lora_convolution:LoraConvolution",
+        "torch.nn.modules.conv.Conv3d": "graphpatch.rewrites.lora_convolution:LoraConvolution",
     }
     level: ClassVar[int] = 10
     exact_at_init: ClassVar[bool] = True
@@ -51,8 +59,8 @@ class Lora(Op):
     dropout: Share = 0.0
     use_rslora: Flag = False
     init: Literal["kaiming", "gaussian"] = "kaiming"
-    """Of A: uniform in +-1/sqrt(in), as `nn.Linear` has it, or normal with a deviation of 1/rank; embeddings have one
-    of their own."""
+    """Of A: uniform in +-1/sqrt(in), as `nn.Linear` has it (in: times the kernel's size in a convolution), or normal
+    with a deviation of 1/rank. Embeddings have one of their own."""
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
     """Of the factors; else the weight's, and float32 where that is half precision or quantised."""
     adapter: str | None = None

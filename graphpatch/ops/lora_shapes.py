@@ -47,13 +47,34 @@ def embedding(signature: Signature, rank: int) -> tuple[Shape, Shape]:
     return (rank, vocabulary), (dim, rank)
 
 
+def convolution(signature: Signature, rank: int) -> tuple[Shape, Shape]:
+    """A is a weight like the base's with rank channels out; B one of size 1. Groups split the rank among them."""
+    facts = signature.attributes
+    kernel, groups = facts.get("kernel_size"), facts.get("groups")
+    sizes = _sizes(signature, "out_channels", "in_channels")
+    if sizes is None or not isinstance(kernel, tuple) or not isinstance(groups, int):
+        raise Refusal(f"{signature.cls} does not say its channels, kernel_size and groups")
+    if rank % groups:
+        raise Refusal(
+            f"{signature.cls} has {groups} groups, which split the rank among them, and {rank} is no multiple of that",
+            f"lora(rank={groups}), or another multiple",
+            "or leave it out: where groups == 1",
+        )
+    out, in_ = sizes
+    size: Shape = tuple(kernel)  # type: ignore[arg-type]
+    return (rank, in_ // groups, *size), (out, rank // groups, *(1 for _ in size))
+
+
 KINDS: dict[str, Callable[[Signature, int], tuple[Shape, Shape]]] = {
     "transformers.pytorch_utils.Conv1D": conv1d,
     "torch.nn.modules.sparse.Embedding": embedding,
+    "torch.nn.modules.conv.Conv1d": convolution,
+    "torch.nn.modules.conv.Conv2d": convolution,
+    "torch.nn.modules.conv.Conv3d": convolution,
 }
 """By qualified class name; the first of a target's MRO that stands here decides."""
 
-EXACT = frozenset({"torch.nn.modules.sparse.Embedding"})
+EXACT = frozenset(name for name, kind in KINDS.items() if kind in (embedding, convolution))
 """Those whose subclasses are refused, since they may use their input otherwise."""
 
 

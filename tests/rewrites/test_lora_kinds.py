@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
@@ -49,6 +50,14 @@ def transposed(a: Tensor, b: Tensor) -> Tensor:
     return (b @ a).t()
 
 
+def convolved(groups: int = 1) -> Callable[[Tensor, Tensor], Tensor]:
+    def delta(a: Tensor, b: Tensor) -> Tensor:
+        of_groups = b.reshape(groups, b.shape[0] // groups, -1) @ a.reshape(groups, a.shape[0] // groups, -1)
+        return of_groups.reshape(b.shape[0], *a.shape[1:])
+
+    return delta
+
+
 KINDS = {
     "Conv1D": Kind(lambda: Conv1D(5, 7), (2, 4, 7), transposed),
     "Conv1D on one row": Kind(lambda: Conv1D(5, 7), (4, 7), transposed),
@@ -63,6 +72,17 @@ KINDS = {
     "Embedding, scaled by a number": Kind(
         lambda: BartScaledWordEmbedding(11, 5, 0, embed_scale=1.5), (6, 4), transposed, rows=11, peft=False
     ),
+    "Conv1d": Kind(lambda: nn.Conv1d(4, 6, 3), (2, 4, 9), convolved()),
+    "Conv1d of one sequence": Kind(lambda: nn.Conv1d(4, 6, 3, bias=False), (4, 9), convolved()),
+    "Conv2d": Kind(lambda: nn.Conv2d(4, 6, (3, 2), stride=2, padding=1), (2, 4, 8, 7), convolved()),
+    "Conv2d, same": Kind(lambda: nn.Conv2d(4, 6, 3, padding="same", bias=False), (2, 4, 5, 5), convolved()),
+    "Conv2d, dilated": Kind(lambda: nn.Conv2d(4, 6, 3, dilation=2), (2, 4, 8, 7), convolved(), peft=False),
+    "Conv2d, reflecting": Kind(
+        lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (2, 4, 5, 5), convolved(), peft=False
+    ),
+    "Conv2d in groups": Kind(lambda: nn.Conv2d(4, 6, 3, groups=2), (2, 4, 5, 5), convolved(2), rank=4, peft=False),
+    "Conv2d by depth": Kind(lambda: nn.Conv2d(4, 8, 3, groups=4), (2, 4, 5, 5), convolved(4), rank=4, peft=False),
+    "Conv3d": Kind(lambda: nn.Conv3d(2, 4, 2, stride=(1, 2, 1)), (2, 2, 4, 4, 4), convolved()),
 }
 every = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 
@@ -164,7 +184,7 @@ def test_forward_and_gradients_are_those_of_the_patched_weight(kind):
     weights, wanted = torch.randn_like(y), [*inputs(x), a, b]
     mine, yours = (
         torch.autograd.grad(
-            (out * weights).sum(), [*wanted, *(model[0]._parameters[name] for name in plain[0]._parameters)]
+            (out * weights).sum(), [*wanted, *(model.get_parameter(name) for name, _ in plain.named_parameters())]
         )
         for out, model in ((y, ours), (z, plain))
     )
@@ -308,12 +328,28 @@ def test_checkpointed(kind, reentrant):
 def test_compiled_and_exported(kind):
     model, x = kind.model(), kind.input()
     apply(model, kind)
+    torch._dynamo.reset()  # all kinds stand in one Sequential.forward, which has a limit
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     near(compiled(x), model(x))
     near(torch.export.export(model.eval(), (x.detach(),)).module()(x), model(x))
 
 
 # ── what only some have ──
+
+
+def test_a_weight_normed_convolution_keeps_its_parametrisation():
+    torch.manual_seed(0)
+    model = nn.Sequential(weight_norm(nn.Conv1d(4, 6, 3)))
+    kind = Kind(lambda: nn.Conv1d(4, 6, 3), (2, 4, 9), convolved())
+    x = kind.input()
+    before = model(x)
+    patch = apply(model, kind)
+    weight = model[0].weight + 2 * kind.delta(*factors(model))
+    near(model(x), nn.functional.conv1d(x, weight, model[0].bias))
+    nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    near(model(x), nn.functional.conv1d(x, weight, model[0].bias))
+    patch.revert()
+    near(model(x), before)
 
 
 def test_dropout_on_an_embedding_drops_whole_tokens():
@@ -350,6 +386,13 @@ class Positions(nn.Embedding):
         return super().forward(input + 2)
 
 
+class SamePadded(nn.Conv2d):
+    """As timm has it: padded in forward, so that the input is not what is convolved."""
+
+    def forward(self, input):
+        return super().forward(nn.functional.pad(input, (1, 1, 1, 1)))
+
+
 @pytest.mark.parametrize(
     ("module", "options", "says"),
     [
@@ -358,6 +401,9 @@ class Positions(nn.Embedding):
         (lambda: nn.Embedding(5, 4), ', init="gaussian"', "no effect"),
         (lambda: nn.EmbeddingBag(5, 4), "", "does not accept EmbeddingBag"),
         (lambda: Positions(5, 4), "", "graphpatch.accept"),
+        (lambda: SamePadded(4, 4, 3), "", "graphpatch.accept"),
+        (lambda: nn.Conv2d(6, 6, 3, groups=3), "", "3 groups"),
+        (lambda: nn.ConvTranspose2d(4, 4, 3), "", "does not accept ConvTranspose2d"),
     ],
 )
 def test_what_would_be_wrong_is_refused(module, options, says):

@@ -82,6 +82,20 @@ def test_bert_with_its_embeddings():
     compare(bert, rules, targets, tokens(), 6)
 
 
+def resnet() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.ResNetConfig(
+        num_channels=3, embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], layer_type="basic"
+    )
+    return transformers.ResNetModel(config).eval()
+
+
+def test_every_convolution_of_a_resnet():
+    torch.manual_seed(2)
+    batch = torch.randn(2, 3, 32, 32)
+    compare(resnet, "patch :Conv2d with lora(rank=4, alpha=8) expect 8", ["convolution"], batch, 8)
+
+
 def test_the_packaged_rules_train_gpt2():
     model = gpt2().train()
     patch = graphpatch.apply(model, "lora", rank=4)

@@ -410,3 +410,23 @@ def test_what_would_be_wrong_is_refused(module, options, says):
     with pytest.raises(graphpatch.PlanError, match=says) as caught:
         graphpatch.parse(f"patch ^0 with lora(rank=2{options})").plan(nn.Sequential(module()))
     assert caught.value.code == "GP410"
+
+
+class Renamed(nn.Embedding):
+    """A subclass whose forward is its base's."""
+
+
+def test_a_subclass_is_admitted_by_a_row(monkeypatch):
+    from graphpatch.ops.lora import Lora
+
+    monkeypatch.setattr(Lora, "accepts", Lora.accepts)  # so that what `accept` puts there is taken back
+    kind = Kind(lambda: Renamed(11, 5), (2, 4), transposed, rows=11)
+    with pytest.raises(graphpatch.PlanError, match=r"graphpatch\.accept\(") as caught:
+        apply(kind.model(), kind)
+    row = f"{Renamed.__module__}.{Renamed.__qualname__}", Lora.accepts["torch.nn.modules.sparse.Embedding"]
+    assert f'graphpatch.accept("lora", "{row[0]}", "{row[1]}")' in str(caught.value)
+    graphpatch.accept("lora", *row)
+    model = kind.model()
+    apply(model, kind)
+    weight = model[0].weight + 2 * kind.delta(*factors(model))
+    near(model(kind.input()), nn.functional.embedding(kind.input(), weight))

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from docstrings import Example, word_order
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
@@ -80,7 +79,7 @@ def main() -> None:
         patched_vectors = embed(embedder, test_batches)
         lora_scores.append(accuracy(model[1], patched_vectors))
 
-        adapter = patch.adapter_state_dict()
+        graphpatch.save_adapter(patch, options.out)
         patch.revert()
 
     title(f"Test accuracy, {len(test_set)} examples, chance is 0.5")
@@ -88,13 +87,17 @@ def main() -> None:
     print(f"LoRA           {scores(lora_scores)}")
 
     title("The adapter saved, the model as it was")
-    save_file(adapter, options.out)
-    print(f"{options.out}: {len(adapter)} tensors, {Path(options.out).stat().st_size / 2**20:.1f} MiB")
+    for file in sorted(Path(options.out).iterdir()):
+        print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB")
     reverted_vectors = embed(embedder, test_batches)
     print(f"outputs that the adapter changed: {changed(test_vectors, patched_vectors)} of {len(test_set)}")
     print(
         f"outputs that differ in any bit after revert(): {changed(test_vectors, reverted_vectors)} of {len(test_set)}"
     )
+    graphpatch.load_adapter(encoder, options.out)
+    loaded_vectors = embed(embedder, test_batches)
+    lost = changed(patched_vectors, loaded_vectors)
+    print(f"outputs that differ in any bit from the trained ones after load_adapter(): {lost} of {len(test_set)}")
     print(f"\n{time.monotonic() - started:.0f} s in all")
 
 
@@ -103,7 +106,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sentences", type=int, default=2400, help="examples to train on; a third as many to test on")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3, help="repeat the training with so many seeds")
-    parser.add_argument("--out", default="adapter.safetensors", help="where to save the adapter")
+    parser.add_argument("--out", default="adapter", help="the folder to save the adapter in")
     return parser.parse_args()
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from docstrings import docstrings
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -52,9 +51,9 @@ def main() -> None:
 
     title("After")
     report(model, tokenizer, held_out)
-    adapter = patch.adapter_state_dict()
-    save_file(adapter, options.out)
-    print(f"saved         {options.out}, {len(adapter)} tensors, {Path(options.out).stat().st_size / 2**20:.1f} MiB")
+    graphpatch.save_adapter(patch, options.out)
+    size = sum(file.stat().st_size for file in Path(options.out).iterdir())
+    print(f"saved         {options.out}/, {len(patch.adapter_state_dict())} tensors, {size / 2**20:.1f} MiB")
 
     title("After revert")
     patch.revert()
@@ -67,7 +66,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=60, help="training steps, of four sequences each")
     parser.add_argument("--test", type=int, default=40, help="held-out sequences")
-    parser.add_argument("--out", default="adapter.safetensors", help="where to save the adapter")
+    parser.add_argument("--out", default="adapter", help="the folder to save the adapter in")
     return parser.parse_args()
 
 

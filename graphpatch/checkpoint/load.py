@@ -45,7 +45,7 @@ def load_adapter(
     directory: str | PathLike[str],
     *,
     adapter: str | None = None,
-    allow_import: Sequence[str] = (),
+    allow_import: str | Sequence[str] = (),
 ) -> Patch:
     """Apply the adapter in `directory` (what `save_adapter` wrote) to `model`, from the file alone.
 
@@ -61,6 +61,8 @@ def load_adapter(
     effect (GP619), or the model is on the meta device (GP616); `PlanError` and `ApplyError` as `apply` does. The model
     is then as it was before.
     """
+    if isinstance(allow_import, str):
+        allow_import = (allow_import,)  # as a sequence its `*` alone would permit everything
     root = unwrapped(model)
     saved = _Saved.read(directory)
     tree = Tree.of(model)
@@ -135,8 +137,8 @@ class _Saved:
         folder = Path(directory)
         manifest, tensors = read_pair(folder)
         path = folder / JSON
-        said = [*manifest.tensors.added, *manifest.tensors.base]
-        refuse_names([k for k in said if k not in tensors], [k for k in tensors if k not in {*said}], fspath(folder))
+        said = dict.fromkeys([*manifest.tensors.added, *manifest.tensors.base])
+        refuse_names([k for k in said if k not in tensors], [k for k in tensors if k not in said], fspath(folder))
         return cls(fspath(folder), manifest, manifest.rule_set(path), manifest.base_tree(path), tensors)
 
     def plan(self, tree: Tree, adapter: str | None, allow_import: Sequence[str]) -> Plan:

@@ -142,6 +142,8 @@ def test_what_was_permitted_when_it_was_saved_permits_nothing_now(tmp_path):
     graphpatch.save_adapter(patch, tmp_path)
     assert '"torch.nn.*"' in (tmp_path / "adapter.json").read_text()
     assert "nothing permits that" in refused("GP505", normed(), tmp_path)
+    assert "nothing permits that" in refused("GP505", normed(), tmp_path, allow_import="mypkg.*")
+    assert graphpatch.load_adapter(normed(), tmp_path, allow_import="torch.nn.*").changes
 
 
 # ── names, and models that carry something ──

@@ -50,7 +50,9 @@ class _Check:
         for file, loaded in enumerate(self.program.files):
             for kind, name, span in _defined(loaded.rules.statements):
                 if (kind, name) in seen:
-                    first = seen[kind, name]
+                    here, first = (file, span), seen[kind, name]
+                    if loaded.packaged and not self.program.files[first[0]].packaged:
+                        here, first = first, here  # the name to change is the one in the user's own file
                     what = {
                         "alias": f"the role `@{name}`",
                         "param": f"the param `{name}`",
@@ -59,10 +61,9 @@ class _Check:
                     self.fail(
                         "GP219",
                         f"{what} is defined twice",
-                        file,
-                        span,
+                        *here,
                         "choose another name",
-                        (*first, "the first one"),
+                        (*first, "here too"),
                     )
                 else:
                     seen[kind, name] = (file, span)

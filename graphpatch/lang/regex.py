@@ -3,8 +3,9 @@
 The check reads the tree that `re` itself parses. It refuses what can take exponential time, or time of a high degree:
 
 - an unbounded repeat whose body can match one text in two ways: `(a+)+`, `(a|a)*`, `(a|ab|b)*`;
-- too many unbounded repeats that can all match the same text: three in a row, `.*.*.*`, or five with something
-  between them, `.*a.*b.*c.*d.*`.
+- too many unbounded repeats that can all match the same text: three in a row, `.*.*.*`, or four with something
+  between them, `.*a.*b.*c.*`;
+- choices that the next character does not decide, and that multiply: `a?a?a?...`, `(a|aa){40}`.
 
 `(?:\\w+\\.)*` passes: the dot, which `\\w` cannot match, fixes where each round ends. Names are short,
 so what is left costs nothing.
@@ -16,6 +17,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
+from math import log2
 from typing import Any
 
 if sys.version_info >= (3, 11):
@@ -31,8 +33,10 @@ Chars = frozenset[int]
 ALL: Chars = frozenset(range(129))
 LONGEST = 500
 """Characters in a pattern, and characters that a bounded repeat may stand for."""
-MOST = 4
+MOST = 3
 """Unbounded repeats that may share a text."""
+MOST_CHOICES = 12
+"""Bits: how many ways there may be to match one text without an unbounded repeat, as a power of two."""
 
 
 def problem(pattern: str) -> str | None:
@@ -48,7 +52,11 @@ def problem(pattern: str) -> str | None:
         return f"it does not compile: {error.msg}" + (f" at character {error.pos + 1}" if error.pos is not None else "")
     except (OverflowError, RecursionError, ValueError):
         return "it does not compile: it is nested too deep, or a number in it is too large"
-    return _Check(tree.state.flags | _local_flags(list(tree))).sequence(list(tree))
+    check, items = _Check(tree.state.flags | _local_flags(list(tree))), list(tree)
+    found = check.sequence(items)
+    if found is None and check.choices(items, frozenset()) > MOST_CHOICES:
+        found = "it has too many choices that the next character does not decide"
+    return found
 
 
 def _local_flags(items: list[Any]) -> int:
@@ -130,6 +138,31 @@ class _Check:
                 if not run & self._chars([(op, arg)]):
                     run, count = ALL, 0
         return None
+
+    def choices(self, items: list[Any], follow: Chars) -> float:
+        """Bits of the ways to share out one text between the pieces, where no repeat is without bound."""
+        bits = 0.0
+        items = _flat(items)
+        for position, (op, arg) in enumerate(items):
+            after = items[position + 1 :]
+            behind = self._first(after) | (follow if self._nullable(after) else frozenset())
+            bodies = _bodies(op, arg)
+            if op in _REPEATS:
+                low, high, body = arg[0], arg[1], bodies[0]
+                if high is sre.MAXREPEAT or op is _POSSESSIVE:
+                    continue  # judged by `sequence`, or never looked at again
+                first = self._first(body)
+                if low != high and first & behind:
+                    bits += log2(high - low + 1)
+                bits += high * self.choices(body, behind | first)
+            elif op is sre.BRANCH:
+                firsts = [self._first(b) | (behind if self._nullable(b) else frozenset()) for b in bodies]
+                if any(firsts[i] & firsts[j] for i in range(len(firsts)) for j in range(i)):
+                    bits += log2(len(bodies))
+                bits += max(self.choices(b, behind) for b in bodies)
+            else:
+                bits += sum(self.choices(b, behind) for b in bodies)
+        return bits
 
     # ── what a piece of the tree can match ──
 

@@ -15,9 +15,14 @@ MOST_GLOBS = 4096
 @lru_cache(maxsize=4096)
 def glob_regex(glob: str) -> re.Pattern[str]:
     """A glob within one segment (or one part of a class name): `*` is any text, `?` one character."""
-    # Runs of stars are one: `a**b` must not backtrack.
-    parts = re.findall(r"\*+|\?|[^*?]+", glob)
-    return re.compile("".join(".*" if p[0] == "*" else "." if p == "?" else re.escape(p) for p in parts), re.DOTALL)
+    first, *others = ["".join("." if c == "?" else re.escape(c) for c in part) for part in re.split(r"\*+", glob)]
+    if not others:
+        return re.compile(first, re.DOTALL)
+    *middle, last = others
+    # What stands between two stars is taken where it first comes and never again: a lookahead does not backtrack
+    # (as in fnmatch), so that `*a*a*a*b` takes no time either.
+    taken = "".join(f"(?=(?P<g{n}>.*?{part}))(?P=g{n})" for n, part in enumerate(middle))
+    return re.compile(f"{first}{taken}.*{last}", re.DOTALL)
 
 
 def has_wildcard(glob: str) -> bool:

@@ -434,3 +434,11 @@ def test_any_rules_are_a_program_or_refused(rules: s.RuleFile) -> None:
         return
     assert parse_rules(program.files[0].text) == rules
     assert Program.from_json(program.model_dump_json()) == program
+
+
+def test_of_a_name_that_a_packaged_file_has_too_ones_own_is_to_be_changed():
+    with pytest.raises(RuleError) as caught:
+        parse_program("use roles\nalias qkv = x")
+    (finding,) = caught.value.diagnostics
+    assert finding.code == "GP219"
+    assert [place.source.name for place in finding.places] == ["<rules>", "roles.rules"]

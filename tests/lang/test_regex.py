@@ -12,12 +12,14 @@ from graphpatch.lang.regex import problem
 
 REFUSED = r"""(a+)+ (a|a)* (.*)* (a|ab|b)*c (a*)*b (\w+\w*)+x .*.*.*x (a?)* (a+b?)+c ((ab)*a?)* (?:a|b|ab)+
 (a{1,500}){500} (a)\1 ([a-z]+)*$ (\w+\.?)*x ((a+)+)b (((a|b)+c?)+d) (a+|b+)+ (?:a[ab]|[ab]*)+x (?:(?:ab|ab)|a)+
-.*a.*b.*c.*d.* (?i:(?:ab|AB)*) ((a|b)+)*c (?:\d+|[a-z]+\.)*x (a*?)*? (?:x|(?:y|xz?)+)*w""".split()
+.*a.*b.*c.*d.* (?i:(?:ab|AB)*) ((a|b)+)*c (?:\d+|[a-z]+\.)*x (a*?)*? (?:x|(?:y|xz?)+)*w
+(a|aa){40}c (a{1,9}){1,9}c .*\w.*\w.*\w.*zz a?a?a?a?a?a?a?a?a?a?a?a?a?a?a?a?a?a?a?a?aaaaaaaaaaaaaaaaaaaa""".split()
 
 ALLOWED = r"""(?:\w+\.)*q_proj (\w+\.)*x model\.layers\.\d+\.mlp\..* .*q_proj$ .*\.layers\..*\.q (a|b)* (?:a|b)+c
 model\.layers\.\d+\.self_attn\.[qkv]_proj .*\.(q|k|v)_proj (?:layer\d+\.)+x .*\.\d+\..* ([^.]+\.)*q ^model\.(.*)$
 (?!.*vision).*q_proj (?:(?:a|b)\.)*c (\w+(\.|/))*x (?:encoder|decoder)\.(?:layers|blocks)\.\d+\..*(?:q|v)_proj
-.*(attn|mlp).* (x(a+|b))* .*\.layers\.\d+\..*attn.*proj (a|ab)*c (?:\d{1,3}\.)+x (\w|\d)+""".split()
+.*(attn|mlp).* (x(a+|b))* .*\.layers\.\d+\..*attn.*proj (a|ab)*c (?:\d{1,3}\.)+x (\w|\d)+
+(?:base_model\.)?(?:model\.)?layers\.\d{1,3}\.(?:self_attn|mlp)\.(?:q|k|v|gate|up|down)_proj""".split()
 
 BROKEN = [
     r"(",

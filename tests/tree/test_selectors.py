@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
+
 import pytest
 
 from graphpatch.lang.diagnostics import Error
 from graphpatch.lang.syntax import Index, Literal_, PathSelector, Range, SelectorUnion, Step
+from graphpatch.tree.globs import glob_regex
 from graphpatch.tree.select import compile_selector, match, select_paths
 from graphpatch.tree.stacks import stacks
 from graphpatch.tree.tree import Tensor, Tree
@@ -303,3 +306,15 @@ def test_added_parameters_are_matched_like_others():
     assert {(node, "lora_A"), (node, "lora_B"), (node, "weight"), (0, "scale")} <= set(found[3].parameters)
     assert found[4].parameters == [(node, "lora_B")]
     assert found[5].parameters == [(0, "scale")]
+
+
+def test_a_glob_with_many_stars_takes_no_time():
+    name = "a" * 400 + "b"
+    assert not glob_regex("*a" * 40 + "*c").fullmatch(name)  # would not come back, were it to backtrack
+    assert glob_regex("*a" * 40 + "*?").fullmatch(name)
+
+
+@pytest.mark.parametrize("glob", ["*a*b*", "a*b", "*ab?c*", "a**c", "?*?", "*a?*?b", "*.*"])
+def test_globs_are_those_of_fnmatch(glob):
+    for name in ("", "a", "ab", "abc", "aabbc", "abxc", "xabyc", "axxbyyb", "a.c", "cab", "aaab"):
+        assert bool(glob_regex(glob).fullmatch(name)) == fnmatchcase(name, glob), name

@@ -29,7 +29,7 @@ class LoraModule(InPlace):
 
     level: ClassVar[int] = Lora.level
     entries: ClassVar[str] = "_lora"
-    _lora: tuple[Adapter, ...]
+    _lora: tuple[Adapter, ...] = ()  # of an instance that somebody makes of the generated class: it is a base
 
     @classmethod
     def entry(cls, op: Op) -> Adapter:

@@ -24,7 +24,7 @@ class ScaleOutput(InPlace):
 
     level: ClassVar[int] = ScaleOutputOp.level
     entries: ClassVar[str] = "_scale_output"
-    _scale_output: tuple[Factor, ...]
+    _scale_output: tuple[Factor, ...] = ()
 
     @classmethod
     def entry(cls, op: Op) -> Factor:

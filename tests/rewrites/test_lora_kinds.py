@@ -430,3 +430,21 @@ def test_a_subclass_is_admitted_by_a_row(monkeypatch):
     apply(model, kind)
     weight = model[0].weight + 2 * kind.delta(*factors(model))
     near(model(kind.input()), nn.functional.embedding(kind.input(), weight))
+
+
+@pytest.mark.parametrize(
+    ("cls", "sizes", "x"),
+    [
+        (nn.Linear, (7, 5), torch.randn(2, 7)),
+        (nn.Conv2d, (4, 6, 3), torch.randn(2, 4, 5, 5)),
+        (nn.Embedding, (11, 5), torch.arange(11)),
+    ],
+    ids=["Linear", "Conv2d", "Embedding"],
+)
+def test_a_new_instance_of_a_patched_class_is_a_base(cls, sizes, x):
+    patched = nn.Sequential(cls(*sizes))
+    rules = "patch ^0 with lora(rank=3) then scale.output(2)\nfreeze ** except @new"
+    graphpatch.apply(patched, graphpatch.parse(rules))
+    new, plain = type(patched[0])(*sizes), cls(*sizes)
+    plain.load_state_dict(new.state_dict())
+    assert torch.equal(new(x), plain(x))

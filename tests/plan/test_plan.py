@@ -169,3 +169,30 @@ def test_select():
     assert graphpatch.select(model, "@head") == ["lm_head"]
     assert graphpatch.select(model, "no_such") == []
     assert graphpatch.select(model, "^") == [""]
+
+
+def test_a_single_pattern_may_be_a_string_and_permits_no_more_than_it_says():
+    model = lm(layers=1)
+    rules = graphpatch.parse('patch ^model.norm with replace(class="torch.nn.Identity")')
+    for applied in (
+        lambda: graphpatch.apply(model, rules, allow_import="mypkg.*"),
+        lambda: rules.plan(model, allow_import="mypkg.*").apply(model),
+        lambda: rules.plan(model).apply(model, allow_import="mypkg.*"),
+    ):
+        with pytest.raises(graphpatch.ApplyError) as caught:
+            applied()
+        assert caught.value.code == "GP505"
+    graphpatch.apply(model, rules, allow_import="torch.nn.*")
+    assert type(model.model.norm).__name__ == "Identity"
+
+
+def test_a_plan_from_a_file_permits_nothing():
+    model = lm(layers=1)
+    rules = graphpatch.parse('patch ^model.norm with replace(class="torch.nn.Identity")')
+    text = rules.plan(model, allow_import=["torch.nn.*"]).to_json()
+    assert "torch.nn.*" not in text
+    with pytest.raises(graphpatch.ApplyError) as caught:
+        graphpatch.Plan.from_json(text).apply(model)
+    assert caught.value.code == "GP505"
+    graphpatch.Plan.from_json(text).apply(model, allow_import=["torch.nn.*"])
+    assert type(model.model.norm).__name__ == "Identity"

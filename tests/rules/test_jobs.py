@@ -95,3 +95,33 @@ ARGUMENTS = {
     "hyper-connection: MHA fused in_proj, q and v",
 }
 """Jobs whose op is there, but not yet with the argument that they give it."""
+
+
+DESIGN = """
+use roles
+param rank: int = 16
+
+patch @layers[:-8].**.@attention_linears
+  with lora(rank=$rank, alpha=2*$rank, dropout=0.05)
+  except @tower
+  expect 4 per @layers[:-8]
+
+patch @layers[-8:].**.@attention_linears
+  with lora(rank=2*$rank, alpha=4*$rank)
+  except @tower  expect 4 per @layers[-8:]  as late
+
+freeze ** except @new
+"""
+"""The first example of design.md, section 2."""
+
+
+@pytest.mark.parametrize("name, early", [("llama", 24), ("gemma2", 18), ("llava", 24), ("clip", 4), ("bert", 4)])
+def test_the_first_example_plans_on_every_family_with_four_linears(name: str, early: int) -> None:
+    plan = graphpatch.parse(DESIGN).plan(family(name)())
+    assert [outcome.coverage for outcome in plan.outcomes[:2]] == [f"4 x {early}", "4 x 8"]
+    assert {change.op for change in plan.changes} == {
+        "lora(rank=16, alpha=32, dropout=0.05)",
+        "lora(rank=32, alpha=64)",
+    }
+    assert not plan.warnings and not any("vision" in change.path for change in plan.changes)
+    assert graphpatch.Plan.from_json(plan.to_json()).to_json() == plan.to_json()

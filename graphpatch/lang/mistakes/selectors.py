@@ -53,6 +53,11 @@ def child(spot: Spot) -> Diagnostic | None:
 
 
 def dots(spot: Spot) -> Diagnostic | None:
+    if spot.last is not None and spot.last.type == "ROOT" and spot.rest[:1] == "[":
+        inside = re.match(r"\[\s*([\w, ]+?)\s*\]", spot.rest)
+        names = (re.sub(r"\s+", "", inside[1]) if inside else "") or "0,1,2"
+        written = f"^{{{names}}}" if "," in names else f"^{names}"
+        return spot.here("GP101", "the root has no name that could take an index", 1, f"write {short(written)}")
     if spot.last is not None and spot.last.type == "ROOT" and spot.rest[:1].isalnum():
         return spot.here(
             "GP101", "`^` stands right before a name", len(spot.word) or 1, f"write ^{spot.word}, without a space"

@@ -28,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN",
         action="append",
         default=[],
-        help="import paths that `replace` and `wrap` may import when the plan is applied: 'mypkg.*'",
+        help="import what `replace` and `wrap` name where it fits ('mypkg.*'), to see that it is there; "
+        "a saved plan permits nothing, Plan.apply asks again",
     )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument("--out", metavar="FILE", help="save the plan; graphpatch.Plan.from_json reads it")
@@ -43,6 +44,8 @@ def run(options: argparse.Namespace) -> int:
         tree = open_tree(options.model)
         with progress(f"planning {rules.name}"):
             plan = rules.plan(tree, adapter=options.adapter, allow_import=options.allow_import)
+            if options.allow_import:
+                _try_imports(plan, options.allow_import)
     except CannotRun:
         raise
     except Error as error:
@@ -61,6 +64,16 @@ def run(options: argparse.Namespace) -> int:
     if options.out:
         note(f"saved to {options.out}")
     return 2 if options.exit_code and _changes_something(plan) else 0
+
+
+def _try_imports(plan: Plan, allowed: list[str]) -> None:
+    """Import what the plan would import when applied; raises `ApplyError` where that is not permitted or not there."""
+    from ..patch.imports import load_permitted, load_rewrite
+
+    for step in plan.steps:
+        imports = getattr(load_rewrite(step.rewrite, step.rule), "imports", lambda op: None)(step.op)
+        if imports:
+            load_permitted(imports, allowed, step.rule)
 
 
 def _changes_something(plan: Plan) -> bool:

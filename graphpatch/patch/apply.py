@@ -34,7 +34,7 @@ def apply(
     /,
     *,
     adapter: str | None = None,
-    allow_import: Sequence[str] = (),
+    allow_import: str | Sequence[str] = (),
     **params: Any,
 ) -> Patch:
     """Plan `rules` (a file, a packaged name, or what `load` and `parse` give) against `model`, and apply the plan.

@@ -27,6 +27,11 @@ FORMAT = 1
 """The version of the JSON form; raised when a reader of the old one would misread the new one."""
 
 
+def patterns(allow_import: str | Sequence[str]) -> tuple[str, ...]:
+    """Patterns of import paths. A single one may be a string: letter by letter, its `*` would permit everything."""
+    return (allow_import,) if isinstance(allow_import, str) else tuple(allow_import)
+
+
 class Change(NamedTuple):
     """One op on one node."""
 
@@ -166,14 +171,15 @@ class Plan:
             "allow_import": list(self.allow_import),
         }
 
-    def apply(self, model: torch.nn.Module, allow_import: Sequence[str] = ()) -> Patch:
+    def apply(self, model: torch.nn.Module, allow_import: str | Sequence[str] = ()) -> Patch:
         """Carry the plan out on `model`.
 
+        `allow_import` is added to what was permitted when planning; a plan that was read from a file permits nothing.
         Raises `ApplyError` where the model is not the one planned for (with the difference) or cannot be changed;
         nothing is changed then.
         """
         # The one door to a lower room: the room that mutates is opened only when something is to be mutated.
-        return import_module("graphpatch.patch.apply").apply_plan(self, model, tuple(allow_import))
+        return import_module("graphpatch.patch.apply").apply_plan(self, model, patterns(allow_import))
 
     def refreeze(self, model: torch.nn.Module) -> NewTree | None:
         """The freeze and train rules again, on the patched model as it stands: modules that an op brought in
@@ -191,7 +197,6 @@ class Plan:
             "rules": json.loads(self.rules.to_json()),
             "params": dict(self.params),
             "adapter": self.adapter,
-            "allow_import": list(self.allow_import),
             "fingerprint": self.tree.fingerprint,
             "tree": self.tree.to_text().splitlines(),
             "changes": [self._step_json(step) for step in self.steps],

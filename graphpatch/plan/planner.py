@@ -13,7 +13,7 @@ from .conflicts import settle
 from .drafts import Draft, drafts, steps
 from .expect import reach_all
 from .freeze import Added, Grads, Scope, added_by, count_trainable, decide, elements_in, freeze_scope
-from .plan import Outcome, Plan, Step, Totals
+from .plan import Outcome, Plan, Step, Totals, patterns
 from .reach import Reach
 from .rules import match_rules, rules_in_force
 from .ruleset import RuleSet
@@ -22,7 +22,7 @@ from .scope import World
 _BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "int16": 2}
 
 
-def make_plan(rules: RuleSet, tree: Tree, adapter: str | None = None, allow_import: Sequence[str] = ()) -> Plan:
+def make_plan(rules: RuleSet, tree: Tree, adapter: str | None = None, allow_import: str | Sequence[str] = ()) -> Plan:
     """The plan of these rules for this tree.
 
     Raises `RuleError` or `PlanError` with everything found wrong, not only the first.
@@ -64,7 +64,7 @@ def make_plan(rules: RuleSet, tree: Tree, adapter: str | None = None, allow_impo
         groups=_groups(tree, freeze_reached, scopes, added),
         totals=totals,
         warnings=warnings,
-        allow_import=tuple(allow_import),
+        allow_import=patterns(allow_import),
     )
 
 

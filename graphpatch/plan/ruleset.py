@@ -28,7 +28,11 @@ class RuleSet:
         return self.program.files[0].name
 
     def plan(
-        self, model_or_tree: torch.nn.Module | Tree, *, adapter: str | None = None, allow_import: Sequence[str] = ()
+        self,
+        model_or_tree: torch.nn.Module | Tree,
+        *,
+        adapter: str | None = None,
+        allow_import: str | Sequence[str] = (),
     ) -> Plan:
         """What these rules would do to a model or a `Tree`. Changes nothing.
 

@@ -10,7 +10,7 @@ from ..tree.tree import Tree
 from .plan import FORMAT, Plan
 from .ruleset import RuleSet
 
-_NEEDED = ("format", "rules", "adapter", "allow_import", "fingerprint", "tree", "changes", "already")
+_NEEDED = ("format", "rules", "adapter", "fingerprint", "tree", "changes", "already")
 
 
 def plan_from_json(text: str | bytes) -> Plan:
@@ -21,7 +21,7 @@ def plan_from_json(text: str | bytes) -> Plan:
     body = _body(text)
     rules = RuleSet.from_json(json.dumps(body["rules"]))
     tree = Tree.from_text("\n".join(body["tree"]) + "\n", "the plan's tree")
-    plan = rules.plan(tree, adapter=body["adapter"], allow_import=body["allow_import"])
+    plan = rules.plan(tree, adapter=body["adapter"])
     again = json.loads(plan.to_json())
     for what in ("fingerprint", "changes", "already"):
         if again[what] != body[what]:
@@ -47,7 +47,7 @@ def _body(text: str | bytes) -> dict[str, Any]:
         raise _unreadable(f"its format is {body['format']}, and this version reads {FORMAT}")
     if not isinstance(body["tree"], list) or not all(isinstance(line, str) for line in body["tree"]):
         raise _unreadable("its tree is damaged")
-    if not isinstance(body["allow_import"], list) or not isinstance(body["adapter"], (str, type(None))):
+    if not isinstance(body["adapter"], (str, type(None))):
         raise _unreadable("its settings are damaged")
     return body
 

@@ -34,9 +34,11 @@ def set_flags(tree: Tree, grads: Grads, flags: list[Flag], added: Mapping[int, C
             new = own[RECORD].added
         for name, parameter in held.items():
             state = of_added[node] if name in new else want
+            if not state or parameter is None or (each and (node, name) in each):
+                continue
             train = state == TRAIN
             # `train **` passes over what cannot have a gradient, the integers of a quantised base.
-            if state and parameter is not None and (not train or _can_train(parameter)) and (node, name) not in each:
+            if not train or _can_train(parameter):
                 before = parameter.requires_grad
                 # Also where it is so already: when the patch that made it so is reverted, this one still wants it.
                 flags.append((module, name, before))

@@ -77,7 +77,7 @@ def _one_container(tree: Tree, compiled: Compiled) -> bool:
             if not isinstance(before, Names) or before.globs or before.anything or owned.pattern.gaps[test]:
                 return False
             names |= before.literals
-    return not tree.places and sum(map(tree.names.count, names)) <= 1
+    return not tree.places and sum(map(tree.name_counts.__getitem__, names)) <= 1
 
 
 def _named(placed: Placed, test: int) -> tuple[str, ...]:

@@ -204,6 +204,11 @@ class Tree:
         return paths
 
     @cached_property
+    def name_counts(self) -> Counter[str]:
+        """How many nodes bear each name."""
+        return Counter(self.names)
+
+    @cached_property
     def places(self) -> dict[int, list[tuple[int, str]]]:
         """The further places (parent, name) of each tied module: its edges, less those back to an ancestor."""
         places: dict[int, list[tuple[int, str]]] = {}

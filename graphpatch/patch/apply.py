@@ -56,7 +56,7 @@ def apply(
     for diagnostic in plan.warnings:
         warnings.warn(diagnostic.render(), stacklevel=2)
     # The tree was taken of this model a moment ago: no need to ask whether it still holds.
-    return _carried(plan, model) or _carry_out(plan, model, plan.tree, plan.allow_import)
+    return _carried(plan, model) or _carry_out(plan, model, plan.tree, plan.allow_import, fresh=True)
 
 
 def apply_plan(plan: Plan, model: nn.Module, allow_import: Sequence[str] = ()) -> Patch:
@@ -75,11 +75,11 @@ def _carried(plan: Plan, model: nn.Module) -> Patch | None:
     return next((Patch(root, journal) for journal in journals_of(root) if journal.id == plan.id), None)
 
 
-def _carry_out(plan: Plan, model: nn.Module, tree: Tree, allow_import: Sequence[str]) -> Patch:
+def _carry_out(plan: Plan, model: nn.Module, tree: Tree, allow_import: Sequence[str], fresh: bool = False) -> Patch:
     root = unwrapped(model)
     nodes = [node for step in plan.steps for node in step.nodes]
     refuse_distributed(model, tree, nodes)
-    changes = Preflight(plan.id, tree, plan.grads, allow_import).changes(plan.steps)
+    changes = Preflight(plan.id, tree, plan.grads, allow_import, fresh).changes(plan.steps)
 
     journal = Journal(plan.id, plan.record, tree.names, tree.parents)
     try:

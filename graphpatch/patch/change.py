@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
@@ -55,8 +55,11 @@ class InPlaceChange:
     factories: list[Factory] = field(default_factory=list)
     """Needed to do, not to undo."""
     devices: list[torch.device] = field(default_factory=list)
+    """Of the new parameters; empty where each takes its module's weight's."""
     fast: bool = True
     """Whether parameters may be written where `register_parameter` would put them, which is 25 times as fast."""
+    look: Callable[[int], Any] | None = None
+    """Where the preflight left it to `do` to look at each module: it raises for the one at an index, if it must."""
 
     def do(self) -> None:
         # The loop that every target goes through: nothing is looked up twice, and what is the same as it was for the
@@ -66,10 +69,20 @@ class InPlaceChange:
         make, parameter = torch.Tensor._make_subclass, nn.Parameter
         factories = [(f.name, f.shape, f.dtype, f.trainable) for f in self.factories]
         states: dict[tuple[type, int, int], _State] = {}
-        for module, device in zip(self.modules, self.devices):
+        look, devices = self.look, self.devices
+        for at, module in enumerate(self.modules):
             own = module.__dict__
             registered = own["_parameters"]
+            if look is None:
+                device = devices[at]
+            else:
+                weight = registered["weight"]
+                device = weight.device
+                if weight.__class__ is not parameter or own["_modules"]:
+                    look(at)
             for name, shape, dtype, trainable in factories:
+                if look is not None and (name in registered or name in own):
+                    look(at)
                 made = make(parameter, empty(*shape, dtype=dtype, device=device), trainable)
                 if self.fast:
                     registered[name] = made
@@ -84,7 +97,7 @@ class InPlaceChange:
                 set_class(module, state.cls)
             else:
                 put_class(module, "__class__", state.cls)
-        self.factories, self.devices = [], []
+        self.factories, self.devices, self.look = [], [], None
 
     def _with(self, module: nn.Module, states: dict[Any, _State], key: Any) -> _State:
         entries, before = module.__dict__.get(self.mixin.entries, ()), record_of(module)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +28,13 @@ if TYPE_CHECKING:
 class Preflight:
     """Turns steps into changes, against one live tree."""
 
-    def __init__(self, plan_id: str, tree: Tree, grads: Grads | None, allowed: Sequence[str]):
+    def __init__(self, plan_id: str, tree: Tree, grads: Grads | None, allowed: Sequence[str], fresh: bool = False):
+        """`fresh`: the tree was taken of the model just now, so what a signature says holds for all its modules."""
         assert tree.modules is not None
         self.plan_id, self.tree, self.grads, self.allowed = plan_id, tree, grads, allowed
         self.modules: list[nn.Module] = tree.modules
+        self.bare = fresh and not tree.marks
+        """Fresh, and without a patch."""
         self._device: torch.device | None = None
 
     def changes(self, steps: Sequence[Step]) -> list[Change]:
@@ -56,33 +59,15 @@ class Preflight:
     # ── in place ──
     def _in_place(self, step: Step, mixin: type[InPlace], mark: Mark) -> list[Change]:
         signature = self.tree.signature(step.nodes[0])
-        weight = signature.parameters.get("weight")
-        shape = weight.shape if weight else None
-        names, devices, kinds = frozenset(step.adds), [], set[type]()
         modules = [self.modules[node] for node in step.nodes]
-        plain = nn.Parameter
-        for at, module in enumerate(modules):
-            own = module.__dict__
-            if module.__class__ not in kinds:
-                kinds.add(module.__class__)
-                self._check_class(module, step, at, signature)
-            held, buffers, children = own["_parameters"], own["_buffers"], own["_modules"]
-            mine = held.get("weight")
-            if mine is None:
-                devices.append(self._device_of(module))
-            else:
-                devices.append(mine.device)
-                if mine.__class__ is not plain:
-                    self._refuse_sharded(mine, step, at)
-                if mine.shape != shape:
-                    raise drifted(self.tree, Tree.of(self.modules[0]))
-            if "forward" in own or "_hf_hook" in own:
-                refuse_bypassed(module, self._path(step, at), step.rule)
-                refuse_offloaded(module, self._path(step, at), step.rule)
-            if not (own.keys().isdisjoint(names) and held.keys().isdisjoint(names)) or (
-                (buffers or children) and not names.isdisjoint([*buffers, *children])
-            ):
-                raise self._taken(step, at, min(names & {*held, *own, *buffers, *children}))
+        kinds: set[type] = set()
+        look = partial(self._look, step, modules, kinds)
+        # On a large model each look at a module costs more than what is done to it. So where its signature says enough,
+        # one of each class is looked at here, and what is left to ask is asked when a module's turn comes: a refusal
+        # then takes back what was done.
+        later = self.bare and "weight" in signature.parameters and not signature.notes
+        some = dict(zip(map(type, modules), range(len(modules)))).values() if later else range(len(modules))
+        devices = [look(at) for at in some]
         fast = all(_registers_plainly(cls) for cls in kinds)
         changes: list[Change] = []
         for trainable, members in self._by_flags(step).items():
@@ -99,11 +84,35 @@ class Preflight:
                     mixin.entry(step.op),
                     tuple(step.adds),
                     factories,
-                    [devices[i] for i in members],
+                    [] if later else [devices[i] for i in members],
                     fast,
+                    _nth(look, members) if later else None,
                 )
             )
         return changes + self._fast_paths(step, mark)
+
+    def _look(self, step: Step, modules: Sequence[nn.Module], kinds: set[type], at: int) -> torch.device:
+        """Whether a module can be changed in place, and the device for what it gets."""
+        module = modules[at]
+        signature = self.tree.signature(step.nodes[at])
+        own = module.__dict__
+        if module.__class__ not in kinds:
+            kinds.add(module.__class__)
+            self._check_class(module, step, at, signature)
+        held, buffers, children = own["_parameters"], own["_buffers"], own["_modules"]
+        weight = held.get("weight")
+        if weight is not None:
+            if weight.__class__ is not nn.Parameter:
+                self._refuse_sharded(weight, step, at)
+            if "weight" not in signature.parameters or weight.shape != signature.parameters["weight"].shape:
+                raise drifted(self.tree, Tree.of(self.modules[0]))
+        if "forward" in own or "_hf_hook" in own:
+            refuse_bypassed(module, self._path(step, at), step.rule)
+            refuse_offloaded(module, self._path(step, at), step.rule)
+        taken = step.adds.keys() & {*held, *own, *buffers, *children}
+        if taken:
+            raise self._taken(step, at, min(taken))
+        return self._device_of(module) if weight is None else weight.device
 
     def _by_flags(self, step: Step) -> dict[tuple[bool, ...], Sequence[int]]:
         """The targets by which of their new parameters shall train."""
@@ -207,7 +216,9 @@ class Preflight:
                         raise self._collides(step, at, other.op.text(), other.rule)
                 claimed[node].append(step)
             modules = self.modules
-            for at in [at for at, node in enumerate(step.nodes) if RECORD in modules[node].__dict__]:
+            for at in (
+                [at for at, node in enumerate(step.nodes) if RECORD in modules[node].__dict__] if not self.bare else ()
+            ):
                 for mark in record_of(modules[step.nodes[at]]).marks:
                     if mark.exclusive or step.op.exclusive or mark.slots & slots:
                         raise self._collides(step, at, mark.op, mark.rule)
@@ -235,6 +246,10 @@ class Preflight:
         if self._device is None:
             self._device = next((p.device for p in self.modules[0].parameters()), torch.get_default_device())
         return self._device
+
+
+def _nth(look: Callable[[int], Any], members: Sequence[int]) -> Callable[[int], Any]:
+    return lambda at: look(members[at])
 
 
 def _registers_plainly(cls: Any) -> bool:

@@ -103,7 +103,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sentences", type=int, default=2400, help="examples to train on; a third as many to test on")
+    parser.add_argument("--sentences", type=int, default=1800, help="examples to train on; a third as many to test on")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3, help="repeat the training with so many seeds")
     parser.add_argument("--out", default="adapter", help="the folder to save the adapter in")

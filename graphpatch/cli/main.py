@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from ..lang.diagnostics import Error, did_you_mean
+from ..tree.collection import no_collection
 from .problem import CannotRun, first_line
 from .terminal import print_error
 
@@ -107,7 +108,8 @@ def _parser(arguments: Sequence[str]) -> Parser:
         )
         # Only the file of the command that was asked for is imported.
         if name in arguments:
-            module = import_module(f".{name}", __package__)
+            with no_collection():
+                module = import_module(f".{name}", __package__)
             module.add_arguments(one)
             one.set_defaults(run=module.run)
     return parser

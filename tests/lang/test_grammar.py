@@ -19,14 +19,11 @@ JOBS = Path(__file__).with_name("jobs.rules.txt").read_text(encoding="utf-8").sp
 
 def test_strict() -> None:
     """LALR without conflicts, and no word that two terminals could match in one place; raises otherwise."""
-    pytest.importorskip("interegular")
     assert compile_grammar(strict=True).rules
 
 
 def test_the_compiled_form_is_that_of_the_text() -> None:
     head = COMPILED.read_bytes().partition(b"\n")[0]
-    if head.split(b",")[0] != heading().split(b",")[0]:
-        pytest.skip("made with another lark: not read here either")
     assert head == heading(), "python -m graphpatch.lang.compile"
     fresh = compile_grammar()
     assert [str(rule) for rule in grammar().rules] == [str(rule) for rule in fresh.rules]

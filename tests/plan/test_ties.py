@@ -21,8 +21,6 @@ def refusal(text: str, tree: graphpatch.Tree = TIED) -> graphpatch.Error:
 
 @pytest.mark.parametrize(("target", "other"), [("lm_head", "model.embed_tokens"), ("model.embed_tokens", "lm_head")])
 def test_lora_on_one_side_of_a_tie_is_an_error_that_names_the_other(target, other):
-    if target == "model.embed_tokens":
-        pytest.importorskip("graphpatch.rewrites.lora_embedding")
     error = refusal(f"patch ^{target} with lora(rank=2)")
     assert error.code == "GP424" and f"`{other}.weight`" in str(error) and f"except ^{target}" in str(error)
 

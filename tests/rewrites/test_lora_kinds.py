@@ -84,7 +84,18 @@ KINDS = {
     "Conv2d by depth": Kind(lambda: nn.Conv2d(4, 8, 3, groups=4), (2, 4, 5, 5), convolved(4), rank=4, peft=False),
     "Conv3d": Kind(lambda: nn.Conv3d(2, 4, 2, stride=(1, 2, 1)), (2, 2, 4, 4, 4), convolved()),
 }
-every = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+
+
+def of_kinds(chosen: Callable[[Kind], bool]) -> pytest.MarkDecorator:
+    kinds = {name: kind for name, kind in KINDS.items() if chosen(kind)}
+    return pytest.mark.parametrize("kind", kinds.values(), ids=kinds.keys())
+
+
+every = of_kinds(lambda kind: True)
+those_of_peft = of_kinds(lambda kind: kind.peft)
+"""The others have another form in PEFT, or none."""
+with_dropout_in_peft = of_kinds(lambda kind: kind.peft and not kind.rows)
+"""PEFT's embeddings ignore dropout."""
 
 
 def apply(model: nn.Module, kind: Kind, arguments: str = "", trained: bool = True) -> graphpatch.Patch:
@@ -154,18 +165,14 @@ def like_peft(kind: Kind, options: str = "", peft_options: dict | None = None, t
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-@every
+@those_of_peft
 def test_forward_and_gradients_are_those_of_peft(kind, rslora):
-    if not kind.peft:
-        pytest.skip("PEFT has another form, or none")
     like_peft(kind, f", use_rslora={str(rslora).lower()}", {"use_rslora": rslora})
 
 
 @pytest.mark.parametrize("train", [False, True])
-@every
+@with_dropout_in_peft
 def test_dropout_is_that_of_peft(kind, train):
-    if not kind.peft or kind.rows:
-        pytest.skip("PEFT has another form, or none; its embeddings ignore dropout")
     like_peft(kind, ", dropout=0.5", {"lora_dropout": 0.5}, train)
 
 

@@ -64,7 +64,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=60, help="training steps, of four sequences each")
+    parser.add_argument("--steps", type=int, default=30, help="training steps, of four sequences each")
     parser.add_argument("--test", type=int, default=40, help="held-out sequences")
     parser.add_argument("--out", default="adapter", help="the folder to save the adapter in")
     return parser.parse_args()

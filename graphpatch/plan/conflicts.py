@@ -11,7 +11,7 @@ from ..tree.compress import compress
 from ..tree.tree import Tree
 from .drafts import Draft
 from .rules import Rule
-from .target import Hit, owner
+from .target import Hit, owner, split
 
 
 def settle(tree: Tree, drafts: Sequence[Draft], findings: list[Diagnostic]) -> None:
@@ -69,7 +69,7 @@ def _collide(one: Draft, other: Draft) -> bool:
 
 
 def _conflict(tree: Tree, one: Draft, other: Draft, hits: Sequence[Hit]) -> Diagnostic:
-    paths = compress(tree, [h for h in hits if isinstance(h, int)], [h for h in hits if not isinstance(h, int)])
+    paths = compress(tree, *split(hits))
     where = paths[0].removeprefix("^") + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
     if one.rule is other.rule:
         return one.rule.scope.finding(

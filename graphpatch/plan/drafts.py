@@ -15,7 +15,7 @@ from .opcall import build_op
 from .plan import Step
 from .reach import Reach
 from .rules import Rule
-from .target import Hit, TargetScope, by_difference, needs, owner
+from .target import Hit, TargetScope, by_difference, needs, owner, split
 
 
 @dataclass
@@ -165,7 +165,7 @@ def _rewrite(op: Op, target: Target, has_classes: bool) -> str:
 def _refusals(tree: Tree, draft: Draft, refused: dict[tuple[str, tuple[str, ...], str], list[Hit]]) -> list[Diagnostic]:
     found = []
     for (why, fixes, code), hits in refused.items():
-        paths = compress(tree, [h for h in hits if isinstance(h, int)], [h for h in hits if not isinstance(h, int)])
+        paths = compress(tree, *split(hits))
         few = ", ".join(p.removeprefix("^") or "^" for p in paths[:2]) + (
             f" and {len(paths) - 2} more" if len(paths) > 2 else ""
         )

@@ -15,7 +15,7 @@ from ..tree.select import Cover
 from ..tree.tree import Tree
 from .reach import Reach, reach
 from .rules import Rule
-from .target import Hit, owner
+from .target import Hit, owner, split
 
 _COMPARE: dict[str, Callable[[int, int], bool]] = {"==": eq, "!=": ne, "<": lt, "<=": le, ">": gt, ">=": ge}
 
@@ -56,9 +56,7 @@ def hold(tree: Tree, reached: Reach) -> Iterable[Diagnostic]:
         return
     counts, outside = _count(tree, reached)
     if outside:
-        paths = compress(
-            tree, [h for h in outside if isinstance(h, int)], [h for h in outside if not isinstance(h, int)]
-        )
+        paths = compress(tree, *split(outside))
         yield rule.scope.finding(
             "GP413",
             f"{len(outside)} of {len(reached)} matches are outside every `{per}`",

@@ -19,7 +19,7 @@ from .reach import Reach, reach
 from .rules import Rule, match_rules, rules_in_force
 from .ruleset import RuleSet, load
 from .scope import World
-from .target import Hit, owner
+from .target import Hit, covered, owner
 
 if TYPE_CHECKING:
     import torch
@@ -146,14 +146,10 @@ def _why_not(tree: Tree, one: Reach, hit: Hit) -> str:
     if not matched:
         return "; ".join(_stopped(tree, rule, branch, hit) for branch in rule.target.union.branches)
     excepted = rule.statement.except_
-    if excepted is not None and one.excepted is not None and _covered(one.excepted, hit):
+    if excepted is not None and one.excepted is not None and covered(one.excepted, hit):
         return f"matches, but `except {format_selector(excepted)}` covers it"
     assert rule.statement.where is not None
     return f"matches, but `where {format_expression(rule.statement.where)}` is false for it"
-
-
-def _covered(cover: Cover, hit: Hit) -> bool:
-    return hit in cover if isinstance(hit, int) else cover.covers(hit)
 
 
 def _stopped(tree: Tree, rule: Rule, branch: Selector, hit: Hit) -> str:
@@ -207,9 +203,9 @@ def _freeze_verdict(tree: Tree, rule: Rule, hit: Hit) -> Verdict:
     cover = Cover(tree, one.nodes, one.parameters)
     excepted = rule.excepted_hits
     spared = Cover(tree, excepted.nodes, excepted.parameters) if excepted else None
-    if not _covered(cover, hit):
+    if not covered(cover, hit):
         return Verdict(rule.where, False, f"{verb} `{rule.target_text()}`, which does not cover it")
-    if spared is not None and _covered(spared, hit):
+    if spared is not None and covered(spared, hit):
         return Verdict(rule.where, False, f"{verb} `{rule.target_text()}`, but its `except` covers this")
     note = " (what patches add is excepted)" if rule.except_new else ""
     return Verdict(rule.where, True, f"{verb} its parameters{note}" if isinstance(hit, int) else f"{verb} it")

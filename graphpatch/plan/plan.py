@@ -161,6 +161,10 @@ class Plan:
     @cached_property
     def record(self) -> dict[str, Any]:
         """What a patched model keeps of its plan: enough to plan again, nothing of the tree."""
+        return {**self._origin(), "allow_import": list(self.allow_import)}
+
+    def _origin(self) -> dict[str, Any]:
+        """What the plan was made from, the tree by its fingerprint."""
         return {
             "format": FORMAT,
             "id": self.id,
@@ -168,7 +172,6 @@ class Plan:
             "params": dict(self.params),
             "adapter": self.adapter,
             "fingerprint": self.tree.fingerprint,
-            "allow_import": list(self.allow_import),
         }
 
     def apply(self, model: torch.nn.Module, allow_import: str | Sequence[str] = ()) -> Patch:
@@ -192,12 +195,7 @@ class Plan:
     def to_json(self) -> str:
         """The plan as JSON: rules, parameters, the tree, the resolved changes. `from_json` gives the same plan back."""
         body = {
-            "format": FORMAT,
-            "id": self.id,
-            "rules": json.loads(self.rules.to_json()),
-            "params": dict(self.params),
-            "adapter": self.adapter,
-            "fingerprint": self.tree.fingerprint,
+            **self._origin(),
             "tree": self.tree.to_text().splitlines(),
             "changes": [self._step_json(step) for step in self.steps],
             "already": [self._step_json(step) for step in self.already],

@@ -17,7 +17,7 @@ from ..tree.select import Alternative, Compiled, Cover, Hits
 from ..tree.stacks import stacks
 from ..tree.tree import Parameter, Tree
 from .rules import Rule
-from .target import TENSOR_FACTS, Hit, TargetScope, by_difference, needs, owner
+from .target import TENSOR_FACTS, Hit, TargetScope, by_difference, covered, needs, owner, split
 
 
 @dataclass
@@ -162,15 +162,14 @@ def _less_excepted(tree: Tree, rule: Rule, chosen: Sequence[Hit], result: Reach,
     if rule.excepted_hits is not None:
         cover = Cover(tree, rule.excepted_hits.nodes, rule.excepted_hits.parameters)
         result.excepted = cover
-        kept = [h for h in chosen if not _covered(cover, h)]
+        kept = [h for h in chosen if not covered(cover, h)]
         spared = [g for g in groups if g not in cover]
         if not kept and not rule.new and not _any(rule):
             findings.append(_all_excepted(rule, len(chosen)))
         else:
             findings += _dead_excepts(tree, rule, chosen, groups)
         groups = spared
-    result.nodes = [h for h in kept if isinstance(h, int)]
-    result.parameters = [h for h in kept if not isinstance(h, int)]
+    result.nodes, result.parameters = split(kept)
     result.groups = groups
     findings += _spans_stacks(tree, rule, rule.target, kept)
     if rule.per is not None:
@@ -218,7 +217,7 @@ def _dead_excepts(tree: Tree, rule: Rule, chosen: Sequence[Hit], groups: Sequenc
         nodes = [n for n in hits.nodes if at is None or hits.alternatives(n) >> at & 1]
         parameters = [p for p in hits.parameters if at is None or hits.alternatives(p) >> at & 1]
         cover = Cover(tree, nodes, parameters)
-        if any(_covered(cover, hit) for hit in chosen) or any(group in cover for group in groups):
+        if any(covered(cover, hit) for hit in chosen) or any(group in cover for group in groups):
             continue
         if below is not None and (any(n in below for n in nodes) or any(below.covers(p) for p in parameters)):
             continue
@@ -238,12 +237,8 @@ def _acts_below(tree: Tree, rule: Rule, chosen: Sequence[Hit]) -> Cover | None:
         return None
     if rule.new:
         return Cover(tree, [0])
-    return Cover(tree, [h for h in chosen if isinstance(h, int)], [h for h in chosen if not isinstance(h, int)])
+    return Cover(tree, *split(chosen))
 
 
 def _names_role(branch: Selector) -> bool:
     return isinstance(branch, PathSelector) and any(step.kind == "role" for step in branch.steps)
-
-
-def _covered(cover: Cover, hit: Hit) -> bool:
-    return hit in cover if isinstance(hit, int) else cover.covers(hit)

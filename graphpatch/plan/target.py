@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel
@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from ..lang.diagnostics import Span
 from ..lang.evaluate import EvaluationError
 from ..lang.syntax import Name, Node, Var
-from ..tree.select import Hits
+from ..tree.select import Cover, Hits
 from ..tree.tree import Parameter, Signature, Tensor, Tree
 from .scope import FileScope
 
@@ -54,6 +54,23 @@ def _walk(nodes: Sequence[Any]) -> Iterator[Node]:
 def owner(hit: Hit) -> int:
     """The node of a hit: a parameter's is the module that owns it."""
     return hit if isinstance(hit, int) else hit[0]
+
+
+def split(hits: Iterable[Hit]) -> tuple[list[int], list[Parameter]]:
+    """The modules and the parameters among hits, each in their order."""
+    nodes: list[int] = []
+    parameters: list[Parameter] = []
+    for hit in hits:
+        if isinstance(hit, int):
+            nodes.append(hit)
+        else:
+            parameters.append(hit)
+    return nodes, parameters
+
+
+def covered(cover: Cover, hit: Hit) -> bool:
+    """Whether a hit, be it module or parameter, is at or below what is covered."""
+    return hit in cover if isinstance(hit, int) else cover.covers(hit)
 
 
 def by_difference(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NoReturn
 from ..lang.diagnostics import Source, Span
 from ..lang.parser import parse_selector
 from ..lang.program import parse_program
-from ..tree.select import Compiled, Hits, compile_selector, match
+from ..tree.select import Compiled, Hits, compile_selector, match, select_paths
 from ..tree.tree import Tree
 from .scope import FileScope, World
 
@@ -20,11 +20,15 @@ def matches(tree: Tree, selector: str) -> tuple[Compiled, Hits]:
 
     It stands in no file: it sees the packaged roles, and no params.
     """
-    union = parse_selector(selector)
-    world = World(parse_program("use roles", {}, name="<selector>"), tree)
-    compiled = compile_selector(union, SelectorScope(world, selector))
+    compiled = _compiled(tree, selector)
     (hits,) = match(tree, [compiled])
     return compiled, hits
+
+
+def _compiled(tree: Tree, selector: str) -> Compiled:
+    union = parse_selector(selector)
+    world = World(parse_program("use roles", {}, name="<selector>"), tree)
+    return compile_selector(union, SelectorScope(world, selector))
 
 
 class SelectorScope(FileScope):
@@ -48,7 +52,4 @@ def select(model_or_tree: torch.nn.Module | Tree, selector: str) -> list[str]:
     Roles are those of the packaged `roles.rules`. Matching nothing gives an empty list.
     """
     tree = model_or_tree if isinstance(model_or_tree, Tree) else Tree.of(model_or_tree)
-    _, hits = matches(tree, selector)
-    found = [(node, tree.paths[node]) for node in hits.nodes]
-    found += [(node, tree.parameter_paths((node, name))[0]) for node, name in hits.parameters]
-    return [path for _, path in sorted(found, key=lambda f: f[0])]
+    return select_paths(tree, _compiled(tree, selector))

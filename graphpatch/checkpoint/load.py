@@ -85,7 +85,7 @@ def load_adapter(
     if here and moved:
         _warn_of_moved(saved.folder, moved)
     with _random_state_kept(root):
-        patch = apply_plan(plan, model)
+        patch = apply_plan(plan, model, initialise=False)
     try:
         _fill(patch, tensors, saved.folder, remember=moved)
     except BaseException:

@@ -26,6 +26,8 @@ class Target(NamedTuple):
     """The signature of the module above, for ops that must know who calls the target."""
     tied: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     """Its parameters that are another module's too: by name, the paths they have there."""
+    config: Mapping[str, Any] | None = None
+    """That of the nearest enclosing module that has one."""
 
     @property
     def tensor(self) -> Tensor | None:
@@ -56,7 +58,9 @@ class Op(BaseModel):
     (`graphpatch.rewrites.lora:LoraLinear`), resolved only when applying. The first class of a target's MRO that
     stands here decides. `*` accepts every module. A third party adds a class by adding a row: `accept(op, cls,
     rewrite)`."""
-    accepts_parameters: ClassVar[bool] = False
+    accepts_parameters: ClassVar[Mapping[str, str]] = {}
+    """The same for targets that are parameters, `mlp.experts.gate_up_proj`: from the class of the module that owns one
+    to the rewrite of that module."""
     level: ClassVar[int] = 0
     """Where it wraps: lower is nearer to the original forward. LoRA 10, output scale 50, post-norm 60, softcap 70."""
     symbol: ClassVar[Literal["~", "+", "-/+"]] = "~"

@@ -59,14 +59,16 @@ def apply(
     return _carried(plan, model) or _carry_out(plan, model, plan.tree, plan.allow_import, fresh=True)
 
 
-def apply_plan(plan: Plan, model: nn.Module, allow_import: Sequence[str] = ()) -> Patch:
+def apply_plan(plan: Plan, model: nn.Module, allow_import: Sequence[str] = (), *, initialise: bool = True) -> Patch:
     """Change `model` as `plan` says and return the handle; the same handle where the model carries this plan already.
 
+    Without `initialise` what is added has no values yet, for a caller that brings them.
     Raises `ApplyError` where the model is not the one planned for, or cannot be changed; then nothing has changed.
     An interruption (KeyboardInterrupt) is passed on, after everything was taken back.
     """
     known = _carried(plan, model)
-    return known or _carry_out(plan, model, bind(plan.tree, model), (*plan.allow_import, *allow_import))
+    allowed = (*plan.allow_import, *allow_import)
+    return known or _carry_out(plan, model, bind(plan.tree, model), allowed, initialise=initialise)
 
 
 def _carried(plan: Plan, model: nn.Module) -> Patch | None:
@@ -75,11 +77,18 @@ def _carried(plan: Plan, model: nn.Module) -> Patch | None:
     return next((Patch(root, journal) for journal in journals_of(root) if journal.id == plan.id), None)
 
 
-def _carry_out(plan: Plan, model: nn.Module, tree: Tree, allow_import: Sequence[str], fresh: bool = False) -> Patch:
+def _carry_out(
+    plan: Plan,
+    model: nn.Module,
+    tree: Tree,
+    allow_import: Sequence[str],
+    fresh: bool = False,
+    initialise: bool = True,
+) -> Patch:
     root = unwrapped(model)
     nodes = [node for step in plan.steps for node in step.nodes]
     refuse_distributed(model, tree, nodes)
-    changes = Preflight(plan.id, tree, plan.grads, allow_import, fresh).changes(plan.steps)
+    changes = Preflight(plan.id, tree, plan.grads, allow_import, fresh, initialise).changes(plan.steps)
 
     journal = Journal(plan.id, plan.record, tree.names, tree.parents)
     try:

@@ -40,11 +40,13 @@ class Factory(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     trainable: bool
+    buffer: bool = False
+    """A persistent buffer, and no parameter."""
 
 
 @dataclass(eq=False)
 class InPlaceChange:
-    """A mixin, an entry for it, and new parameters."""
+    """A mixin, an entry for it, and new parameters or buffers."""
 
     mark: Mark
     nodes: list[int]
@@ -54,6 +56,8 @@ class InPlaceChange:
     added: tuple[str, ...]
     factories: list[Factory] = field(default_factory=list)
     """Needed to do, not to undo."""
+    initialise: bool = True
+    """Whether the new tensors get values; not where a file brings them."""
     devices: list[torch.device] = field(default_factory=list)
     """Of the new parameters; empty where each takes its module's weight's."""
     fast: bool = True
@@ -67,7 +71,8 @@ class InPlaceChange:
         empty, put_class, attribute = torch.empty, object.__setattr__, self.mixin.entries
         # What nn.Parameter comes down to for a plain tensor, without its checks.
         make, parameter = torch.Tensor._make_subclass, nn.Parameter
-        factories = [(f.name, f.shape, f.dtype, f.trainable) for f in self.factories]
+        factories = [(f.name, f.shape, f.dtype, f.trainable) for f in self.factories if not f.buffer]
+        buffers = [f for f in self.factories if f.buffer]
         states: dict[tuple[type, int, int], _State] = {}
         look, devices = self.look, self.devices
         for at, module in enumerate(self.modules):
@@ -88,8 +93,17 @@ class InPlaceChange:
                     registered[name] = made
                 else:
                     module.register_parameter(name, made)
-            if factories and not made.is_meta:
-                self.mixin.initialise(self.entry, {name: registered[name] for name in self.added})
+            if buffers:
+                for each in buffers:
+                    module.register_buffer(each.name, empty(*each.shape, dtype=each.dtype, device=device))
+                tensors = {
+                    **{f[0]: registered[f[0]] for f in factories},
+                    **{b.name: own["_buffers"][b.name] for b in buffers},
+                }
+            elif factories:
+                tensors = {name: registered[name] for name in self.added}
+            if self.factories and self.initialise and not device.type == "meta":
+                self.mixin.initialise(self.entry, tensors, module)
             key = (module.__class__, id(own.get(attribute)), id(own.get(RECORD)))
             state = states.get(key) or self._with(module, states, key)
             own[attribute], own[RECORD] = state.entries, state.record
@@ -116,6 +130,7 @@ class InPlaceChange:
             own = module.__dict__
             for name in self.added:
                 own["_parameters"].pop(name, None)
+                own["_buffers"].pop(name, None)
             key = (type(module), id(own.get(attribute)), id(own.get(RECORD)))
             state = states.get(key) or self._without(module, states, key)
             if state.entries:

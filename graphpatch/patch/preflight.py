@@ -28,13 +28,23 @@ if TYPE_CHECKING:
 class Preflight:
     """Turns steps into changes, against one live tree."""
 
-    def __init__(self, plan_id: str, tree: Tree, grads: Grads | None, allowed: Sequence[str], fresh: bool = False):
-        """`fresh`: the tree was taken of the model just now, so what a signature says holds for all its modules."""
+    def __init__(
+        self,
+        plan_id: str,
+        tree: Tree,
+        grads: Grads | None,
+        allowed: Sequence[str],
+        fresh: bool = False,
+        initialise: bool = True,
+    ):
+        """`fresh`: the tree was taken of the model just now, so what a signature says holds for all its modules.
+        `initialise`: what is added shall get values."""
         assert tree.modules is not None
         self.plan_id, self.tree, self.grads, self.allowed = plan_id, tree, grads, allowed
         self.modules: list[nn.Module] = tree.modules
         self.bare = fresh and not tree.marks
         """Fresh, and without a patch."""
+        self.initialise = initialise
         self._device: torch.device | None = None
 
     def changes(self, steps: Sequence[Step]) -> list[Change]:
@@ -42,10 +52,10 @@ class Preflight:
         self._refuse_taken(steps)
         changes: list[Change] = []
         for step in steps:
-            if step.parameter is not None:
-                raise _error("GP515", f"`{step.op.op}` has no way to act on a parameter", step)
             rewrite = load_rewrite(step.rewrite, step.rule)
-            mark = Mark(self.plan_id, step.rule, step.op.text(), step.op.slots(), step.op.exclusive)
+            mark = Mark(self.plan_id, step.rule, step.op.text(), step.slots, step.op.exclusive)
+            if step.parameter is not None and not issubclass(rewrite, InPlace):
+                raise _error("GP515", f"`{step.op.op}` has no way to act on a parameter", step)
             if issubclass(rewrite, InPlace):
                 changes += self._in_place(step, rewrite, mark)
             elif issubclass(rewrite, Attributes):
@@ -65,14 +75,14 @@ class Preflight:
         # On a large model each look at a module costs more than what is done to it. So where its signature says enough,
         # one of each class is looked at here, and what is left to ask is asked when a module's turn comes: a refusal
         # then takes back what was done.
-        later = self.bare and "weight" in signature.parameters and not signature.notes
+        later = self.bare and "weight" in signature.parameters and not signature.notes and step.parameter is None
         some = dict(zip(map(type, modules), range(len(modules)))).values() if later else range(len(modules))
         devices = [look(at) for at in some]
         fast = all(_registers_plainly(cls) for cls in kinds)
         changes: list[Change] = []
         for trainable, members in self._by_flags(step).items():
             factories = [
-                Factory(name, tuple(t.shape), getattr(torch, t.dtype), flag)
+                Factory(name, tuple(t.shape), getattr(torch, t.dtype), flag, t.buffer)
                 for (name, t), flag in zip(step.adds.items(), trainable)
             ]
             changes.append(
@@ -81,9 +91,10 @@ class Preflight:
                     [step.nodes[i] for i in members],
                     [modules[i] for i in members],
                     mixin,
-                    mixin.entry(step.op),
+                    mixin.entry(step.op) if step.parameter is None else mixin.entry(step.op, step.parameter),
                     tuple(step.adds),
                     factories,
+                    self.initialise,
                     [] if later else [devices[i] for i in members],
                     fast,
                     _nth(look, members) if later else None,
@@ -100,11 +111,12 @@ class Preflight:
             kinds.add(module.__class__)
             self._check_class(module, step, at, signature)
         held, buffers, children = own["_parameters"], own["_buffers"], own["_modules"]
-        weight = held.get("weight")
+        name = step.parameter or "weight"
+        weight = held.get(name)
         if weight is not None:
             if weight.__class__ is not nn.Parameter:
                 self._refuse_sharded(weight, step, at)
-            if "weight" not in signature.parameters or weight.shape != signature.parameters["weight"].shape:
+            if name not in signature.parameters or weight.shape != signature.parameters[name].shape:
                 raise drifted(self.tree, Tree.of(self.modules[0]))
         if "forward" in own or "_hf_hook" in own:
             refuse_bypassed(module, self._path(step, at), step.rule)
@@ -208,10 +220,10 @@ class Preflight:
         claimed: dict[int, list[Step]] = defaultdict(list)
         several = len(set().union(*(step.nodes for step in steps))) < sum(len(step.nodes) for step in steps)
         for step in steps:
-            slots = step.op.slots()
+            slots = step.slots
             for at, node in enumerate(step.nodes) if several else ():
                 for other in claimed[node]:
-                    shared = other.op.slots() & slots or other.adds.keys() & step.adds.keys()
+                    shared = other.slots & slots or other.adds.keys() & step.adds.keys()
                     if shared or other.op.exclusive or step.op.exclusive:
                         raise self._collides(step, at, other.op.text(), other.rule)
                 claimed[node].append(step)

@@ -15,7 +15,7 @@ from .opcall import build_op
 from .plan import Step
 from .reach import Reach
 from .rules import Rule
-from .target import Hit, TargetScope, by_difference, needs, owner, split
+from .target import Hit, TargetScope, by_difference, config_index, needs, owner, split
 
 
 @dataclass
@@ -81,17 +81,23 @@ def _against_levels(rule: Rule, chain: Sequence[Draft]) -> list[Diagnostic]:
 def steps(tree: Tree, draft: Draft, findings: list[Diagnostic]) -> list[Step]:
     """The draft's targets by signature, each checked by the op; refusals go to `findings`."""
     groups: dict[_Alike, list[int]] = {}
+    configs: dict[int, int] = {}  # by parent: what is asked of every hit must cost nothing
     for hit in draft.hits:
         node, parameter = (hit, None) if isinstance(hit, int) else hit
         parent = tree.parents[node]
-        key = (tree.signature_of[node], tree.signature_of[parent] if parent >= 0 else -1, parameter)
+        if parent not in configs:
+            configs[parent] = config_index(tree, parent)
+        own = tree.signatures[tree.signature_of[node]].config
+        config = own if own >= 0 else configs[parent]
+        key = (tree.signature_of[node], tree.signature_of[parent] if parent >= 0 else -1, parameter, config)
         groups.setdefault(key, []).append(node)
-    merged: dict[tuple[int, str | None], Step] = {}
+    merged: dict[tuple[int, str | None, str, tuple[tuple[str, Tensor], ...]], Step] = {}
     refused: dict[tuple[str, tuple[str, ...], str], list[Hit]] = {}
-    for (signature, parent, parameter), nodes, tied in _by_ties(tree, groups):
+    for (signature, parent, parameter, config), nodes, tied in _by_ties(tree, groups):
         facts = tree.signatures[signature]
         above = tree.signatures[parent] if parent >= 0 else None
-        target = Target(_path(tree, nodes[0]), facts, parameter, above, tied)
+        around = tree.configs[config] if config >= 0 else None
+        target = Target(_path(tree, nodes[0]), facts, parameter, above, tied, around)
         try:
             rewrite = _rewrite(draft.op, target, tree.has_classes)
             draft.op.check(target)
@@ -100,10 +106,11 @@ def steps(tree: Tree, draft: Draft, findings: list[Diagnostic]) -> list[Step]:
             why = (str(refusal), tuple(refusal.fixes), refusal.code)
             refused.setdefault(why, []).extend(nodes if parameter is None else [(n, parameter) for n in nodes])
             continue
-        if (signature, parameter) in merged:
-            merged[signature, parameter].nodes.extend(nodes)
+        alike = (signature, parameter, rewrite, tuple(adds.items()))
+        if alike in merged:
+            merged[alike].nodes.extend(nodes)
             continue
-        merged[signature, parameter] = Step(
+        merged[alike] = Step(
             draft.op, draft.rule.where, draft.rule.label, nodes, parameter, rewrite, adds,
             facts.cls or "?", draft.op.after(target),
         )  # fmt: skip
@@ -113,8 +120,8 @@ def steps(tree: Tree, draft: Draft, findings: list[Diagnostic]) -> list[Step]:
     return list(merged.values())
 
 
-_Alike = tuple[int, int, str | None]
-"""What targets are grouped by: their signature, their parent's, and the parameter's name."""
+_Alike = tuple[int, int, str | None, int]
+"""What targets are grouped by: their signature, their parent's, the parameter's name, and the config around them."""
 
 
 def _by_ties(
@@ -145,18 +152,22 @@ def _path(tree: Tree, node: int) -> str:
 
 def _rewrite(op: Op, target: Target, has_classes: bool) -> str:
     """The import path of the rewrite: the first class of the target's MRO that stands in the op's table."""
-    if target.parameter is not None and not op.accepts_parameters:
+    table = op.accepts if target.parameter is None else op.accepts_parameters
+    if not table and target.parameter is not None:
         raise Refusal(
             f"`{op.op}` changes modules, and `{target.parameter}` is a parameter of "
             f"{target.signature.cls or 'a module'}",
             "end the selector at the module",
         )
-    if not has_classes and op.accepts:
-        return next(iter(op.accepts.values()))
+    if not has_classes and table:
+        return next(iter(table.values()))
     for name in (*target.signature.mro, "*"):
-        if name in op.accepts:
-            return op.accepts[name]
-    takes = ", ".join(sorted(name.rpartition(".")[2] for name in op.accepts))
+        if name in table:
+            return table[name]
+    takes = ", ".join(sorted(name.rpartition(".")[2] for name in table))
+    if target.parameter is not None:
+        why = f"`{op.op}` does not accept `{target.parameter}`, a parameter of {target.signature.cls}"
+        raise Refusal(why, f"it accepts parameters of {takes}; end the selector at a module, or leave it out")
     raise Refusal(
         f"`{op.op}` does not accept {target.signature.cls}", f"it accepts {takes}; narrow the selector, `:Linear` say"
     )

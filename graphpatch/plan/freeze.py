@@ -141,12 +141,13 @@ def _minus(intervals: Iterable[tuple[int, int]], holes: Sequence[tuple[int, int]
 
 
 def added_by(steps: Iterable[Step]) -> dict[int, Mapping[str, Tensor]]:
-    """What the steps add, node by node."""
+    """The parameters that the steps add, node by node."""
     added: dict[int, Mapping[str, Tensor]] = {}
     for step in steps:
-        if step.adds:
+        new = {name: tensor for name, tensor in step.adds.items() if not tensor.buffer}
+        if new:
             for node in step.nodes:
-                added[node] = {**added[node], **step.adds} if node in added else step.adds
+                added[node] = {**added[node], **new} if node in added else new
     return added
 
 

@@ -65,6 +65,12 @@ class Step:
     def targets(self) -> Sequence[int | Parameter]:
         return [(n, self.parameter) for n in self.nodes] if self.parameter else self.nodes
 
+    @property
+    def slots(self) -> frozenset[str]:
+        """What it occupies on a module; two parameters of one module are two places."""
+        slots = self.op.slots()
+        return frozenset(f"{slot} of {self.parameter}" for slot in slots) if self.parameter else slots
+
 
 @dataclass(frozen=True)
 class Outcome:

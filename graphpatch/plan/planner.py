@@ -105,7 +105,7 @@ def _split_by_marks(tree: Tree, wanted: Sequence[Step], findings: list[Diagnosti
         return list(wanted), []
     fresh, already = [], []
     for step in wanted:
-        text, slots = step.op.text(), step.op.slots()
+        text, slots = step.op.text(), step.slots
         groups: dict[str, list[int]] = {"new": [], "same": [], "clash": []}
         for node in step.nodes:
             groups[_standing(tree.marks.get(node, ()), step, text, slots)].append(node)
@@ -118,7 +118,7 @@ def _split_by_marks(tree: Tree, wanted: Sequence[Step], findings: list[Diagnosti
 
 def _standing(marks: Sequence[Mark], step: Step, text: str, slots: frozenset[str]) -> str:
     for mark in marks:
-        if mark.op == text and mark.rule == step.rule:
+        if mark.op == text and mark.rule == step.rule and mark.slots == slots:
             return "same"
         if mark.exclusive or step.op.exclusive or mark.slots & slots:
             return "clash"
@@ -126,12 +126,15 @@ def _standing(marks: Sequence[Mark], step: Step, text: str, slots: frozenset[str
 
 
 def _occupied(tree: Tree, step: Step, nodes: Sequence[int]) -> Diagnostic:
-    (mark, *_) = tree.marks[nodes[0]]
-    paths = compress(tree, list(nodes))
+    marks = tree.marks[nodes[0]]
+    mark = next((m for m in marks if m.exclusive or step.op.exclusive or m.slots & step.slots), marks[0])
+    of = step.parameter
+    paths = compress(tree, [], [(node, of) for node in nodes]) if of else compress(tree, list(nodes))
+    kind = ("parameter" if of else "module") + "s" * (len(nodes) != 1)
     return Diagnostic(
         "GP417",
         f"{step.op.op} has no place on {paths[0].removeprefix('^')}: an earlier patch is there",
-        text=(f"{step.rule} says {step.op.text()}, and {mark.rule} put {mark.op} there ({len(nodes)} modules)",),
+        text=(f"{step.rule} says {step.op.text()}, and {mark.rule} put {mark.op} there ({len(nodes)} {kind})",),
         fixes=(
             'give the new one a name of its own: apply(..., adapter="second")',
             "or take the earlier one back first: graphpatch.patches(model)[-1].revert()",
@@ -213,7 +216,7 @@ def _places(steps: Sequence[Step], symbol: str) -> int:
 
 
 def _elements(step: Step) -> int:
-    return len(step.nodes) * sum(t.numel for t in step.adds.values())
+    return len(step.nodes) * sum(t.numel for t in step.adds.values() if not t.buffer)
 
 
 def _keys_below(tree: Tree, node: int) -> int:

@@ -82,7 +82,7 @@ def by_difference(
         node = owner(hit)
         key: tuple[Hashable, ...] = (tree.signature_of[node], None if isinstance(hit, int) else hit[1])
         if what.config:
-            key += (_config_index(tree, node),)
+            key += (config_index(tree, node),)
         if what.captures:
             bindings = hits.bindings(hit)
             key += tuple(bindings.get(name) for name in sorted(what.captures))
@@ -91,7 +91,7 @@ def by_difference(
         yield TargetFacts(tree, group[0], hits.bindings(group[0]) if what.captures else {}), group
 
 
-def _config_index(tree: Tree, node: int) -> int:
+def config_index(tree: Tree, node: int) -> int:
     while node >= 0:
         config = tree.signatures[tree.signature_of[node]].config
         if config >= 0:

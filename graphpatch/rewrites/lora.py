@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
-from .lora_base import LoraModule
-from .low_rank import LinearWithLowRank, add_low_rank, fusible
+from .lora_base import Adapter, LoraModule
+from .low_rank import LinearWithLowRank, add_low_rank, fusible, low_rank
 from .rewrite import InPlace
 
 
@@ -23,6 +23,10 @@ class LoraLinear(LoraModule):
             z = dropout(input, adapter.dropout) if adapter.dropout and self.training else input
             output = add_low_rank(output, z, getattr(self, adapter.a), getattr(self, adapter.b), adapter.scale)
         return output
+
+    def _update(self, adapter: Adapter, input: Tensor) -> Tensor:
+        z = dropout(input, adapter.dropout) if adapter.dropout and self.training else input
+        return low_rank(z, getattr(self, adapter.a), getattr(self, adapter.b), adapter.scale)
 
 
 class LoraPlainLinear(LoraLinear):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops.lora import Lora
 from ..ops.op import Op
@@ -32,12 +32,12 @@ class LoraModule(InPlace):
     _lora: tuple[Adapter, ...] = ()  # of an instance that somebody makes of the generated class: it is a base
 
     @classmethod
-    def entry(cls, op: Op) -> Adapter:
+    def entry(cls, op: Op, parameter: str | None = None) -> Adapter:
         lora = cast(Lora, op)
         return Adapter(*lora.keys, lora.scale, lora.dropout, lora.init, lora.text())
 
     @classmethod
-    def initialise(cls, entry: Adapter, tensors: Mapping[str, Tensor]) -> None:
+    def initialise(cls, entry: Adapter, tensors: Mapping[str, Tensor], module: nn.Module) -> None:
         """A as PEFT has it: kaiming uniform with a = sqrt(5), which is uniform in +-1/sqrt(fan-in); B zero."""
         a, b = tensors[entry.a], tensors[entry.b]
         with torch.no_grad():
@@ -54,11 +54,17 @@ class LoraModule(InPlace):
         if reset is not None:
             reset()
         for adapter in self._lora:
-            self.initialise(adapter, {name: getattr(self, name) for name in (adapter.a, adapter.b)})
+            self.initialise(adapter, {name: getattr(self, name) for name in (adapter.a, adapter.b)}, self)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self._add_all(super().forward(input, *args, **kwargs), input)
 
     def _add_all(self, output: Tensor, input: Tensor) -> Tensor:
         """The output and every adapter's update."""
+        for adapter in self._lora:
+            output = output + self._update(adapter, input).to(output.dtype)
+        return output
+
+    def _update(self, adapter: Adapter, input: Tensor) -> Tensor:
+        """What one adapter adds to the output for this input: s B A z, with z the input after dropout."""
         raise NotImplementedError

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.nn.functional import conv1d, conv2d, conv3d, dropout
 
-from .lora_base import LoraModule
+from .lora_base import Adapter, LoraModule
 
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {3: conv1d, 4: conv2d, 5: conv3d}
 """By the dimensions of a weight."""
@@ -20,11 +20,9 @@ class LoraConvolution(LoraModule):
     _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     """The base's own: pads as `padding_mode` says, and convolves the input with any weight."""
 
-    def _add_all(self, output: Tensor, input: Tensor) -> Tensor:
-        for adapter in self._lora:
-            a, b = getattr(self, adapter.a), getattr(self, adapter.b)
-            z = dropout(input, adapter.dropout) if adapter.dropout and self.training else input
-            h = self._conv_forward(z, a.to(z.dtype), None)
-            h = h if adapter.scale == 1.0 else h * adapter.scale
-            output = output + _CONVOLUTIONS[b.dim()](h, b.to(h.dtype), groups=self.groups).to(output.dtype)
-        return output
+    def _update(self, adapter: Adapter, input: Tensor) -> Tensor:
+        a, b = getattr(self, adapter.a), getattr(self, adapter.b)
+        z = dropout(input, adapter.dropout) if adapter.dropout and self.training else input
+        h = self._conv_forward(z, a.to(z.dtype), None)
+        h = h if adapter.scale == 1.0 else h * adapter.scale
+        return _CONVOLUTIONS[b.dim()](h, b.to(h.dtype), groups=self.groups)

@@ -10,13 +10,18 @@ from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
 
-def add_low_rank(y: Tensor, z: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """y + scale * (z A^T) B^T, for z of (..., in), A of (rank, in), B of (out, rank), y of (..., out).
+def low_rank(z: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale * (z A^T) B^T, for z of (..., in), A of (rank, in), B of (out, rank).
 
     Computed in z's dtype, whatever the factors are kept in, and right under autocast, torch.func and tracing alike.
     """
     h = linear(z, a.to(z.dtype))
-    delta = linear(h if scale == 1.0 else h * scale, b.to(h.dtype))
+    return linear(h if scale == 1.0 else h * scale, b.to(h.dtype))
+
+
+def add_low_rank(y: Tensor, z: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """y + scale * (z A^T) B^T, for y of (..., out)."""
+    delta = low_rank(z, a, b, scale)
     return y + (delta if delta.dtype == y.dtype else delta.to(y.dtype))
 
 

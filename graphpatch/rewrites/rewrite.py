@@ -32,8 +32,8 @@ class InPlace(_Module):
     entries: ClassVar[str]
 
     @classmethod
-    def entry(cls, op: Op) -> Any:
-        """What `forward` has to know of this op."""
+    def entry(cls, op: Op, parameter: str | None = None) -> Any:
+        """What `forward` has to know of this op; `parameter` is the target where that is one of the module's."""
         raise NotImplementedError
 
     @classmethod
@@ -42,8 +42,9 @@ class InPlace(_Module):
         return cls
 
     @classmethod
-    def initialise(cls, entry: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Fill the parameters that the op adds, given by name; never called on the meta device."""
+    def initialise(cls, entry: Any, tensors: Mapping[str, torch.Tensor], module: nn.Module) -> None:
+        """Fill the parameters and buffers that the op adds to `module`, given by name; nothing else of it may change.
+        Never called on the meta device, nor where an adapter's file brings the values."""
 
     def extra_repr(self) -> str:
         texts = [entry.text for entry in getattr(self, self.entries) if getattr(entry, "text", "")]

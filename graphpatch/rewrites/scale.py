@@ -27,7 +27,7 @@ class ScaleOutput(InPlace):
     _scale_output: tuple[Factor, ...] = ()
 
     @classmethod
-    def entry(cls, op: Op) -> Factor:
+    def entry(cls, op: Op, parameter: str | None = None) -> Factor:
         scale = cast(ScaleOutputOp, op)
         return Factor(scale.by, scale.rounded, scale.text())
 

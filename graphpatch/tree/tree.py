@@ -31,6 +31,8 @@ class Tensor(NamedTuple):
     dtype: str
     trainable: bool = True
     """`requires_grad`; no part of a tree's fingerprint."""
+    buffer: bool = False
+    """Of what an op adds: a persistent buffer, kept and saved with the adapter, and never trained."""
 
     @property
     def numel(self) -> int:

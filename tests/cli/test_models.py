@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from graphpatch import Tree
 from graphpatch.cli.model import open_tree
 from graphpatch.cli.problem import CannotRun
+from graphpatch.tree.tree import Tensor
 
 
 def refused(name) -> str:
@@ -93,7 +94,7 @@ def test_safetensors_give_names_shapes_and_dtypes_without_torch_or_classes(tmp_p
     assert not tree.has_classes and tree.numel() == 11 * 8 + 12 + 1
     assert tree.signature(0).parameters["scale"].shape == ()
     node = tree.find("layers.10.q")
-    assert node is not None and tuple(tree.signature(node).parameters["weight"]) == ((4, 2), "bfloat16", True)
+    assert node is not None and tree.signature(node).parameters["weight"] == Tensor((4, 2), "bfloat16")
     layers = tree.find("layers")
     # Integers in their order, and each knows how many there are.
     assert [tree.names[child] for child in tree.children(layers)] == [str(i) for i in range(11)]

@@ -50,10 +50,10 @@ def test_a_failure_at_the_last_of_100_targets_leaves_the_model_untouched(monkeyp
     model[7].weight.requires_grad = False
     before, calls, real = state(model), itertools.count(1), LoraLinear.initialise
 
-    def failing(entry, tensors):
+    def failing(entry, tensors, module):
         if next(calls) == 100:
             raise RuntimeError("out of luck")
-        real(entry, tensors)
+        real(entry, tensors, module)
 
     monkeypatch.setattr(LoraLinear, "initialise", failing)
     with pytest.raises(graphpatch.ApplyError, match="out of luck") as caught:
@@ -66,7 +66,7 @@ def test_an_interruption_is_passed_on_after_rolling_back(monkeypatch):
     model, calls = lm(), itertools.count()
     before = state(model)
 
-    def interrupted(entry, tensors):
+    def interrupted(entry, tensors, module):
         if next(calls) == 5:
             raise KeyboardInterrupt
 
@@ -81,7 +81,7 @@ def test_a_failure_rolls_back_to_the_patches_that_were_there(monkeypatch):
     first = patch(model, 'patch q_proj with lora(rank=2, adapter="one")')
     randomise(first)
     before, expected = state(model), model(IDS)
-    monkeypatch.setattr(LoraLinear, "initialise", lambda entry, tensors: 1 / 0)
+    monkeypatch.setattr(LoraLinear, "initialise", lambda entry, tensors, module: 1 / 0)
     with pytest.raises(graphpatch.ApplyError):
         patch(model, 'patch {q,k}_proj with lora(rank=2, adapter="two")\nfreeze **')
     assert state(model) == before

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..ops.lora import Lora
 from ..ops.op import Op
+from .merging import LowRank, Merging
 from .rewrite import InPlace
 
 
@@ -47,6 +48,13 @@ class LoraModule(InPlace):
                 bound = (a.numel() / a.shape[0]) ** -0.5
                 a.uniform_(-bound, bound)
             b.zero_()
+
+    @classmethod
+    def merging(
+        cls, entry: Adapter, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+    ) -> Mapping[str, Merging]:
+        """W + s B A, for a weight that is stored (out, in)."""
+        return {"weight": LowRank.of(tensors[entry.b], tensors[entry.a], entry.scale)}
 
     def reset_parameters(self) -> None:
         """The base's own reset, and fresh factors: `to_empty` and `reset_parameters` leave no garbage behind."""

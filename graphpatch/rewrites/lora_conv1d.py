@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 from torch.nn.functional import dropout
 
 from .lora import LoraLinear
+from .lora_base import Adapter
 from .low_rank import LinearWithLowRank, fusible
+from .merging import LowRank, Merging
 from .rewrite import InPlace
 
 
@@ -18,6 +22,12 @@ class LoraConv1D(LoraLinear):
         # Told by its module, since transformers need not be installed.
         forward = getattr(below, "forward", None)
         return LoraPlainConv1D if getattr(forward, "__module__", "") == "transformers.pytorch_utils" else cls
+
+    @classmethod
+    def merging(
+        cls, entry: Adapter, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+    ) -> Mapping[str, Merging]:
+        return {"weight": LowRank.of(tensors[entry.a].t(), tensors[entry.b].t(), entry.scale)}
 
     def __repr__(self) -> str:
         # The class writes its line itself and asks no `extra_repr`.

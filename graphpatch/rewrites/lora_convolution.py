@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 from torch.nn.functional import conv1d, conv2d, conv3d, dropout
 
 from .lora_base import Adapter, LoraModule
+from .merging import LowRank, Merging, Product
 
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {3: conv1d, 4: conv2d, 5: conv3d}
 """By the dimensions of a weight."""
@@ -19,6 +20,19 @@ class LoraConvolution(LoraModule):
     groups: int
     _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     """The base's own: pads as `padding_mode` says, and convolves the input with any weight."""
+
+    @classmethod
+    def merging(
+        cls, entry: Adapter, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+    ) -> Mapping[str, Merging]:
+        """Each group of output channels gains the product of its own rows of B with the rank channels it sees."""
+        a, b = tensors[entry.a].flatten(1), tensors[entry.b].flatten(1)
+        groups, out = len(a) // b.shape[1], len(b)
+        rows, rank = out // groups, b.shape[1]
+        products = [
+            Product(b[g * rows : (g + 1) * rows], a[g * rank : (g + 1) * rank], g * rows) for g in range(groups)
+        ]
+        return {"weight": LowRank(products, entry.scale, a.shape[1])}
 
     def _update(self, adapter: Adapter, input: Tensor) -> Tensor:
         a, b = getattr(self, adapter.a), getattr(self, adapter.b)

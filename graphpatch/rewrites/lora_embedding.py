@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, embedding, linear
 
 from .lora_base import Adapter, LoraModule
+from .merging import LowRank, Merging
 
 
 class LoraEmbedding(LoraModule):
@@ -26,6 +27,13 @@ class LoraEmbedding(LoraModule):
         with torch.no_grad():
             tensors[entry.a].zero_()
             tensors[entry.b].normal_()
+
+    @classmethod
+    def merging(
+        cls, entry: Adapter, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+    ) -> Mapping[str, Merging]:
+        """E + s (B A)^T."""
+        return {"weight": LowRank.of(tensors[entry.a].t(), tensors[entry.b].t(), entry.scale)}
 
     def _update(self, adapter: Adapter, input: Tensor) -> Tensor:
         dtype = self.weight.dtype

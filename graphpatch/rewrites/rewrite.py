@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..ops.op import Op
+from .merging import Merging, Unmergeable
 
 # To a type checker a mixin is a module, so that `super().forward` and `self.training` are known; at run time it stays
 # a plain class, since a mixin derived from nn.Module would stand before the base in every method resolution.
@@ -45,6 +46,17 @@ class InPlace(_Module):
     def initialise(cls, entry: Any, tensors: Mapping[str, torch.Tensor], module: nn.Module) -> None:
         """Fill the parameters and buffers that the op adds to `module`, given by name; nothing else of it may change.
         Never called on the meta device, nor where an adapter's file brings the values."""
+
+    @classmethod
+    def merging(
+        cls, entry: Any, tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]
+    ) -> Mapping[str, Merging]:
+        """What this op makes of the module's parameters where it is merged into them: by name, those that change.
+
+        `tensors` are what the op added, by name; `shapes` those of the module's own parameters. Raises `Unmergeable`
+        for an op, or an entry, that is no change of weights.
+        """
+        raise Unmergeable("what it does is no change of a weight")
 
     def extra_repr(self) -> str:
         texts = [entry.text for entry in getattr(self, self.entries) if getattr(entry, "text", "")]

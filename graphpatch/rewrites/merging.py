@@ -1,0 +1,102 @@
+"""What a weight becomes where an update is merged into it, a block of rows at a time.
+
+Given by an op's entry and its tensors alone, so that the same arithmetic merges into a live model and into a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK_ROWS, BLOCK_SIZE = 512, 2**22
+"""At most so many rows of a parameter, and about so many of its elements, are worked on at once."""
+_FEWEST_ROWS = 64
+
+
+class Unmergeable(Exception):
+    """An update cannot become part of a weight: `str()` says why, `fixes` what to do."""
+
+    def __init__(self, why: str, *fixes: str):
+        super().__init__(why)
+        self.fixes = fixes
+
+
+class Merging:
+    """What one parameter of the base becomes.
+
+    The parameter is looked at as a matrix of as many columns as `columns` says, its elements in their order: (out, in)
+    of a linear, (out, in * kernel) of a convolution, (experts * out, in) of a stack of experts.
+    """
+
+    columns: int
+    looks: ClassVar[bool] = False
+    """Whether it must have seen all rows before it can say what one becomes (a norm over columns)."""
+
+    def look(self, rows: Tensor, start: int) -> None:
+        """See the rows from `start` on, as `rows` gets them. Called for all of them first, in order, where `looks`."""
+
+    def rows(self, rows: Tensor, start: int) -> Tensor:
+        """What the rows (n x columns) from `start` on become. They are a copy, in float32, of a float64 base in
+        float64, and may be changed in place; the result is rounded to the base's dtype once."""
+        raise NotImplementedError
+
+
+class Product(NamedTuple):
+    """A part of a parameter, from `row` and `column` on, that gains left (rows x rank) times right (rank x columns)."""
+
+    left: Tensor
+    right: Tensor
+    row: int = 0
+    column: int = 0
+
+
+class LowRank(Merging):
+    """W + s * left @ right, in one or more parts of W."""
+
+    def __init__(self, products: Sequence[Product], scale: float, columns: int):
+        self.products, self.scale, self.columns = tuple(products), scale, columns
+
+    @classmethod
+    def of(cls, left: Tensor, right: Tensor, scale: float) -> LowRank:
+        """One product for the whole parameter."""
+        return cls((Product(left, right),), scale, right.shape[1])
+
+    def rows(self, rows: Tensor, start: int) -> Tensor:
+        stop = start + len(rows)
+        for left, right, row, column in self.products:
+            first, last = max(start, row), min(stop, row + len(left))
+            if first >= last:
+                continue
+            delta = left[first - row : last - row].to(rows.dtype) @ right.to(rows.dtype)
+            # A step of its own, as in (B @ A) * s: scaling a factor, or a fused addition, would round otherwise.
+            if self.scale != 1.0:
+                delta *= self.scale
+            rows[first - start : last - start, column : column + right.shape[1]] += delta
+        return rows
+
+
+def blocks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    """The (start, stop) of blocks that cover `rows` rows, of about the same size.
+
+    None is small unless there are few rows at all: a product of a handful of rows is added up in another order than
+    the same rows of a large one, and the result shall be that of the whole matrix, bit for bit.
+    """
+    size = max(_FEWEST_ROWS, min(BLOCK_ROWS, BLOCK_SIZE // max(1, columns)))
+    count = max(1, rows // size + (rows % size > 0))
+    for i in range(count if rows else 0):
+        yield rows * i // count, rows * (i + 1) // count
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which the rows of a base of this dtype are merged."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def merged(mergings: Iterable[Merging], rows: Tensor, start: int) -> Tensor:
+    """What the rows become by all of them, one after the other, without rounding in between."""
+    for merging in mergings:
+        rows = merging.rows(rows, start)
+    return rows

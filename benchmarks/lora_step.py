@@ -75,7 +75,7 @@ def steps(options: argparse.Namespace, dtype: torch.dtype) -> None:
                 seconds[name].append(process_time() - start)
     saved = {name: saved_mib(model, x) for name, model in models.items()}
     at = {name: min(values) for name, values in seconds.items()}
-    goal = "at most 0.8" if dtype == torch.float32 else "at most 0.35"
+    goal = "at most 0.6" if dtype == torch.float32 else "at most 0.35"
     if dtype == torch.bfloat16 and not torch.cpu._is_avx512_bf16_supported():
         print("this processor has no bfloat16 arithmetic: the times below say nothing, the memory does")
     print(f"{dtype}: hidden {options.hidden}, {options.layers} layers, {options.batch} x {options.tokens} tokens")
@@ -88,7 +88,7 @@ def steps(options: argparse.Namespace, dtype: torch.dtype) -> None:
     row("saved for backward, frozen base", saved["frozen"], "MiB")
     row("saved for backward, graphpatch", saved["ours"], "MiB")
     row("saved for backward, PEFT", saved["peft"], "MiB")
-    row("  graphpatch / PEFT", saved["ours"] / saved["peft"], "x", "" if dtype == torch.float32 else "at most 0.7")
+    row("  graphpatch / PEFT", saved["ours"] / saved["peft"], "x", "" if dtype == torch.float32 else "at most 0.65")
     print()
 
 
@@ -144,7 +144,7 @@ def calls() -> None:
         row(f"one call, {name}: bare linear", a, "us")
         row(f"one call, {name}: graphpatch", b, "us")
         row(f"one call, {name}: PEFT", c, "us")
-        row("  overhead, graphpatch / PEFT", (b - a) / (c - a), "x", "at most 0.5")
+        row("  overhead, graphpatch / PEFT", (b - a) / (c - a), "x", "at most 0.35")
 
 
 def microseconds(call: Callable[[], object], number: int = 2000) -> float:

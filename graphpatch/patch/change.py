@@ -12,7 +12,7 @@ from torch import nn
 
 from ..rewrites.rewrite import InPlace
 from ..tree.tree import Mark
-from .record import RECORD, Record, put_record, record_of
+from .record import RECORD, Held, Record, put_record, record_of
 from .subclass import class_with, set_class
 
 
@@ -64,6 +64,12 @@ class InPlaceChange:
     """Whether parameters may be written where `register_parameter` would put them, which is 25 times as fast."""
     look: Callable[[int], Any] | None = None
     """Where the preflight left it to `do` to look at each module: it raises for the one at an index, if it must."""
+    active: bool = True
+    """Of an adapter: whether it is among those that are summed."""
+    weight: float = 1.0
+    """Of an adapter: what its update is multiplied by."""
+    off: bool = False
+    """Within `switched_off`, whatever `active` says."""
 
     def do(self) -> None:
         # The loop that every target goes through: nothing is looked up twice, and what is the same as it was for the
@@ -73,7 +79,7 @@ class InPlaceChange:
         make, parameter = torch.Tensor._make_subclass, nn.Parameter
         factories = [(f.name, f.shape, f.dtype, f.trainable) for f in self.factories if not f.buffer]
         buffers = [f for f in self.factories if f.buffer]
-        states: dict[tuple[type, int, int], _State] = {}
+        states: dict[tuple[type, int], _State] = {}
         look, devices = self.look, self.devices
         for at, module in enumerate(self.modules):
             own = module.__dict__
@@ -104,7 +110,7 @@ class InPlaceChange:
                 tensors = {name: registered[name] for name in self.added}
             if self.factories and self.initialise and not device.type == "meta":
                 self.mixin.initialise(self.entry, tensors, module)
-            key = (module.__class__, id(own.get(attribute)), id(own.get(RECORD)))
+            key = (module.__class__, id(own.get(RECORD)))
             state = states.get(key) or self._with(module, states, key)
             own[attribute], own[RECORD] = state.entries, state.record
             if "forward" in own or "_old_forward" in own:
@@ -114,26 +120,27 @@ class InPlaceChange:
         self.factories, self.devices, self.look = [], [], None
 
     def _with(self, module: nn.Module, states: dict[Any, _State], key: Any) -> _State:
-        entries, before = module.__dict__.get(self.mixin.entries, ()), record_of(module)
-        state = _State(
-            class_with(module, lambda mixins: (*mixins, self.mixin)),
-            (*entries, self.entry),
-            replace(before, marks=(*before.marks, self.mark), added=before.added.union(self.added)),
-            (entries, before),
+        before = record_of(module)
+        after = replace(
+            before,
+            marks=(*before.marks, self.mark),
+            added=before.added.union(self.added),
+            held=(*before.held, Held(self.mixin, self.entry, self.shown)),
         )
-        return _remember(states, key, state)
+        cls = class_with(module, lambda mixins: (*mixins, self.mixin))
+        return _remember(states, key, _State(cls, after.entries(self.mixin.entries), after, before))
 
     def undo(self) -> None:
         attribute = self.mixin.entries
-        states: dict[tuple[type, int, int], _State] = {}
+        states: dict[tuple[type, int], _State] = {}
         for module in self.modules:
             own = module.__dict__
             for name in self.added:
                 own["_parameters"].pop(name, None)
                 own["_buffers"].pop(name, None)
-            key = (type(module), id(own.get(attribute)), id(own.get(RECORD)))
+            key = (type(module), id(own.get(RECORD)))
             state = states.get(key) or self._without(module, states, key)
-            if state.entries:
+            if any(held.mixin.entries == attribute for held in state.record.held):
                 own[attribute] = state.entries
             else:
                 own.pop(attribute, None)
@@ -141,53 +148,58 @@ class InPlaceChange:
             set_class(module, state.cls)
 
     def _without(self, module: nn.Module, states: dict[Any, _State], key: Any) -> _State:
-        entries, before = module.__dict__.get(self.mixin.entries, ()), record_of(module)
-        left = _less(entries, self.entry)
-        state = _State(
-            class_with(module, lambda mixins: mixins if left else tuple(m for m in mixins if m is not self.mixin)),
-            left,
-            before.without(self.mark, self.added),
-            (entries, before),
-        )
-        return _remember(states, key, state)
+        before = record_of(module)
+        after = before.without(self.mark, self.added).without_entry(self.mixin, self.entry)
+        needed = any(held.mixin is self.mixin for held in after.held)
+        cls = class_with(module, lambda mixins: mixins if needed else tuple(m for m in mixins if m is not self.mixin))
+        return _remember(states, key, _State(cls, after.entries(self.mixin.entries), after, before))
+
+    @property
+    def shown(self) -> Any:
+        """What the modules' `forward` shall see: the entry, one in its place, or None."""
+        if self.off or not self.active:
+            return None
+        return self.entry if self.weight == 1.0 else self.mixin.weighted(self.entry, self.weight)
+
+    def show(self) -> None:
+        """Bring `active`, `weight` and `off` to the modules. Nothing is registered, and no class changes, so that a
+        sharded or replicated model keeps what it has."""
+        attribute, shown = self.mixin.entries, self.shown
+        states: dict[int, _State] = {}
+        for module in self.modules:
+            before = record_of(module)
+            state = states.get(id(before))
+            if state is None:
+                after = before.showing(self.mixin, self.entry, shown)
+                state = states[id(before)] = _State(type(module), after.entries(attribute), after, before)
+            put_record(module, state.record)
+            module.__dict__[attribute] = state.entries
 
     @contextmanager
     def switched_off(self) -> Iterator[None]:
-        attribute = self.mixin.entries
-        before = [module.__dict__.get(attribute, ()) for module in self.modules]
-        less: dict[int, tuple] = {}
         try:
-            for module, entries in zip(self.modules, before):
-                if id(entries) not in less:
-                    less[id(entries)] = _less(entries, self.entry)
-                module.__dict__[attribute] = less[id(entries)]
+            self.off = True
+            self.show()
             yield
         finally:
-            for module, entries in zip(self.modules, before):
-                module.__dict__[attribute] = entries
+            self.off = False
+            self.show()
 
 
 class _State(NamedTuple):
-    """What becomes of all modules that have one class, one record and the same entries."""
+    """What becomes of all modules that have one class and one record."""
 
     cls: type
     entries: tuple
     record: Record
-    source: Any
-    """What it was worked out from: kept alive, since the key it is remembered by holds ids."""
+    source: Record
+    """What it was worked out from: kept alive, since the key it is remembered by holds its id."""
 
 
 def _remember(states: dict[Any, _State], key: Any, state: _State) -> _State:
     # A parametrised module has a class of its own, so its key is never met again.
     states[key] = state
     return state
-
-
-def _less(entries: tuple, entry: Any) -> tuple:
-    if entry not in entries:
-        return entries
-    at = entries.index(entry)
-    return entries[:at] + entries[at + 1 :]
 
 
 @dataclass(eq=False)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
+from ..rewrites.rewrite import InPlace
 from ..tree.tree import Mark
 
 if TYPE_CHECKING:
@@ -23,6 +24,15 @@ JOURNALS = "_graphpatch_journals"
 """The same on the root, of the list of journals, the oldest first."""
 
 
+class Held(NamedTuple):
+    """An in-place op on a module: the entry that it came with, and what the module's `forward` sees of it now."""
+
+    mixin: type[InPlace]
+    entry: Any
+    shown: Any
+    """The entry, another in its place (an adapter with a weight), or None while the op is off."""
+
+
 @dataclass(frozen=True)
 class Record:
     """What one module has undergone. Immutable, since modules of one group share theirs."""
@@ -30,10 +40,20 @@ class Record:
     marks: tuple[Mark, ...] = ()
     added: frozenset[str] = frozenset()
     """Parameters that patches added."""
+    held: tuple[Held, ...] = ()
+    """In the order in which they came: switched off and on again, each is back in its place of the sum."""
     attributes: Mapping[str, Any] = field(default_factory=dict)
     """Attributes that patches changed: their original values."""
     original: nn.Module | None = None
     """The module that stood here, where a patch put another in its place."""
+
+    def entries(self, attribute: str) -> tuple[Any, ...]:
+        """What mixins whose entries are called `attribute` shall see on this module."""
+        return tuple(h.shown for h in self.held if h.shown is not None and h.mixin.entries == attribute)
+
+    def showing(self, mixin: type[InPlace], entry: Any, shown: Any) -> Record:
+        held = tuple(h._replace(shown=shown) if h.mixin is mixin and h.entry == entry else h for h in self.held)
+        return replace(self, held=held)
 
     def without(self, mark: Mark, added: tuple[str, ...] = (), attributes: Mapping[str, Any] | None = None) -> Record:
         marks = list(self.marks)
@@ -41,6 +61,9 @@ class Record:
             marks.remove(mark)
         kept = {k: v for k, v in self.attributes.items() if k not in (attributes or {})}
         return replace(self, marks=tuple(marks), added=self.added.difference(added), attributes=kept)
+
+    def without_entry(self, mixin: type[InPlace], entry: Any) -> Record:
+        return replace(self, held=tuple(h for h in self.held if not (h.mixin is mixin and h.entry == entry)))
 
     def __bool__(self) -> bool:
         return bool(self.marks or self.added or self.attributes or self.original is not None)

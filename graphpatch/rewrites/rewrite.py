@@ -38,6 +38,11 @@ class InPlace(_Module):
         raise NotImplementedError
 
     @classmethod
+    def weighted(cls, entry: Any, weight: float) -> Any:
+        """Of an adapter (an entry with a field `adapter`): the entry that adds `weight` times as much."""
+        raise NotImplementedError
+
+    @classmethod
     def variant(cls, below: type) -> type[InPlace]:
         """A subclass made for what stands below, decided once per generated class and not in every call."""
         return cls

@@ -47,6 +47,8 @@ _MEANINGS = {
     "GP410": "an op refuses a target, and says why",
     "GP424": "an op changes a weight that another module shares, and would change one use of it alone",
     "GP503": "the target's forward is never called, so a change there would do nothing",
+    "GP631": "there is no adapter, or none that a reader could open",
+    "GP633": "a reader refuses the adapter, or misreads it",
 }
 """For codes whose titles are put together elsewhere."""
 

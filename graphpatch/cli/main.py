@@ -21,6 +21,7 @@ COMMANDS = {
     "match": "what does a selector match in a model?",
     "explain": "which rules touch a module, and where did the others stop matching?",
     "diff": "what differs between two models, renames included",
+    "validate": "which servers read an adapter, which refuse or misread it, and does it have an effect?",
     "ops": "the ops that a rule can name, and their arguments",
     "rules": "the rule files that come with graphpatch",
 }
@@ -28,8 +29,9 @@ COMMANDS = {
 
 EXIT_CODES = """\
 exit codes:
-  0  check: nothing found; plan: planned; match: something matched; diff: no difference
-  1  check, plan, explain: something is wrong with the rules; match: no match; diff: they differ
+  0  check, validate: nothing found; plan: planned; match: something matched; diff: no difference
+  1  check, plan, explain: something is wrong with the rules; match: no match; diff: they differ;
+     validate: a reader refuses or misreads the adapter, or a part of it has no effect
   2  could not run; but `plan`: 1, since `plan --exit-code` says 2 where there is something to change"""
 
 
@@ -89,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _failed(command: str, could_not_run: bool) -> int:
     if command == "plan":
         return 1
-    return 2 if could_not_run or command not in ("check", "explain") else 1
+    return 2 if could_not_run or command not in ("check", "explain", "validate") else 1
 
 
 def _parser(arguments: Sequence[str]) -> Parser:

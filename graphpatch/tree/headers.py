@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from ..lang.diagnostics import Diagnostic, Error
 from .tree import Signature, Tensor, Tree, index_of
@@ -27,6 +27,15 @@ _DTYPES = {
 }  # fmt: skip
 
 
+class Header(NamedTuple):
+    """What stands at the head of one file."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+    missing: int
+    """Bytes of the tensors that the header promises, and that the file is too short for."""
+
+
 def read_headers(path: str) -> Tree:
     """The tree of a safetensors file, an index file, or a directory of them.
 
@@ -35,7 +44,7 @@ def read_headers(path: str) -> Tree:
     path = os.fspath(path)
     tensors: dict[str, Tensor] = {}
     for file in _files(path):
-        for name, tensor in _header(file).items():
+        for name, tensor in read_header(file).tensors.items():
             if name in tensors:
                 _fail("GP436", f"{file} holds `{name[:200]}`, and so does a file before it")
             tensors[name] = tensor
@@ -73,7 +82,8 @@ def _listed(index: str) -> list[str]:
     return [os.path.join(os.path.dirname(index), f) for f in files]
 
 
-def _header(path: str) -> dict[str, Tensor]:
+def read_header(path: str) -> Header:
+    """The header of one safetensors file, which need be there alone. Raises `Error`, GP430 and GP436."""
     try:
         size = os.path.getsize(path)
         with open(path, "rb") as file:
@@ -92,7 +102,18 @@ def _header(path: str) -> dict[str, Tensor]:
         _fail("GP436", f"{path} is not a safetensors file: its header is not JSON")
     if not isinstance(header, dict):
         _fail("GP436", f"{path} is not a safetensors file: its header is not a table of tensors")
-    return {name: _tensor(path, name, entry) for name, entry in header.items() if name != "__metadata__"}
+    said = header.pop("__metadata__", None)
+    metadata = {k: v for k, v in said.items() if isinstance(v, str)} if isinstance(said, dict) else {}
+    tensors = {name: _tensor(path, name, entry) for name, entry in header.items()}
+    end = max((_end(entry) for entry in header.values()), default=0)
+    return Header(tensors, metadata, max(0, end - (size - 8 - length)))
+
+
+def _end(entry: dict[str, Any]) -> int:
+    """Where a tensor's bytes end, counted from the end of the header."""
+    offsets = entry.get("data_offsets")
+    end = offsets[1] if isinstance(offsets, list) and len(offsets) == 2 else 0
+    return end if type(end) is int else 0
 
 
 def _tensor(path: str, name: str, entry: Any) -> Tensor:

@@ -1,0 +1,72 @@
+"""Questions about an adapter and the model it is for. Where no model is known they find nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from .adapter import bare
+from .case import Case, Predicate
+from .experts import expert, stacks
+
+
+def kind_outside(*kinds: str) -> Predicate:
+    return lambda case: [f"model_type is {case.kind}"] if case.kind not in ("", *kinds) else ()
+
+
+def unknown_leaf(case: Case) -> Iterator[str]:
+    """The last name is that of no module with a weight."""
+    known = _leaves(case)
+    for one in case.reached:
+        if one.node is None and expert(one.path) is None and bare(one.path).rpartition(".")[2] not in known:
+            yield f"{one.path}: {one.why}"
+
+
+def known_leaf_elsewhere(case: Case) -> Iterator[str]:
+    """The last name is known, and the path is not."""
+    known = _leaves(case)
+    for one in case.reached:
+        if one.node is None and expert(one.path) is None and bare(one.path).rpartition(".")[2] in known:
+            yield f"{one.path}: {one.why}"
+
+
+def _leaves(case: Case) -> set[str]:
+    tree = case.tree
+    if tree is None:
+        return set()
+    return {tree.names[n] for n in range(len(tree)) if "weight" in tree.signature(n).parameters or stacks(tree, n)}
+
+
+def no_such_module(case: Case) -> Iterator[str]:
+    yield from (f"{one.path}: {one.why}" for one in case.reached if one.node is None)
+
+
+def misfit(case: Case) -> Iterator[str]:
+    yield from (f"{one.path}: {one.why}" for one in case.reached if one.node is not None and "wants" in one.why)
+
+
+def head_is_tied(case: Case) -> Iterator[str]:
+    """An adapter of a head that the files do not hold, since it is the embedding."""
+    tied = case.tree is not None and any(c.get("tie_word_embeddings") is True for c in case.tree.configs)
+    if tied:
+        yield from (path for path in case.adapter.factors if path.endswith("lm_head"))
+
+
+def adds_tokens(case: Case) -> Iterator[str]:
+    """`added_tokens.json` names ids past the model's vocabulary."""
+    size = _vocabulary(case)
+    if "added_tokens.json" not in case.adapter.files or size is None:
+        return
+    try:
+        said = json.loads((Path(case.adapter.folder) / "added_tokens.json").read_bytes()[: 2**24])
+    except (OSError, ValueError, RecursionError):
+        return  # the reader passes over it too
+    for token, number in said.items() if isinstance(said, dict) else ():
+        if isinstance(number, int) and number >= size:
+            yield f"{str(token)[:40]} is {number}, and the vocabulary has {size}"
+
+
+def _vocabulary(case: Case) -> int | None:
+    configs = case.tree.configs if case.tree is not None else []
+    return next((c["vocab_size"] for c in configs if isinstance(c.get("vocab_size"), int)), None)

@@ -19,10 +19,10 @@ from ..patch.drift import unwrapped
 from ..patch.patch import Patch, patches
 from ..plan.plan import Plan
 from ..plan.ruleset import RuleSet
-from ..plan.select import select
 from ..tree.tree import Mark, Tensor, Tree
 from .base import check_base, log
-from .manifest import Change, Manifest
+from .changes import difference
+from .manifest import Manifest
 from .moved import MovedWeights
 from .pair import JSON, read_pair
 from .save import changes_of, unmarked
@@ -146,17 +146,14 @@ class _Saved:
 
     def check_changes(self, plan: Plan) -> None:
         """Raise `Error` (GP613) where the rules change something else than they did."""
-        now, then = changes_of(plan), self.manifest.changes
-        gone = [change for change in then if not any(_is_still(change, other, plan.tree) for other in now)]
-        come = [change for change in now if not any(_is_still(other, change, plan.tree) for other in then)]
-        if not gone and not come:
+        lines = difference(self.manifest.changes, changes_of(plan), plan.tree)
+        if not lines:
             return
-        lines = [f"- {_written(change)}" for change in gone[:4]] + [f"+ {_written(change)}" for change in come[:4]]
         raise Error(
             Diagnostic(
                 "GP613",
                 f"the rules of {self.folder} do not mean here what they meant when it was saved",
-                text=(f"of {len(then)} changes {len(gone)} are gone, and {len(come)} are new", *lines),
+                text=lines,
                 fixes=("the file was edited, or an op means something else in this version: save the adapter anew",),
             )
         )
@@ -176,22 +173,6 @@ class _Saved:
                     fixes=("load the checkpoint that it was trained on",),
                 )
             )
-
-
-def _is_still(then: Change, now: Change, tree: Tree) -> bool:
-    """Whether a recorded change is this one. Paths may be compressed in another way, by another version."""
-    if not then.still(now) or then.paths == now.paths:
-        return then.still(now)
-    try:
-        one, other = (set(select(tree, " | ".join(change.paths))) for change in (then, now))
-    except Error:  # they are no selectors
-        return False
-    return one == other
-
-
-def _written(change: Change) -> str:
-    given = ", ".join(f"{name}={value}" for name, value in change.arguments.items() if value is not None)
-    return f"{change.op}({given[:100]}) on {change.count}: {', '.join(change.paths[:3])[:200]}"
 
 
 def _is_of(patch: Patch, manifest: Manifest, adapter: str | None) -> bool:

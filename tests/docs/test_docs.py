@@ -80,6 +80,10 @@ def test_the_examples_of_the_python_page_run(monkeypatch):
     run_python(ROOT / "docs" / "python.md")
 
 
+def test_the_examples_of_the_transformers_page_run():
+    run_python(ROOT / "docs" / "transformers.md")
+
+
 def test_the_python_example_of_the_readme_runs(tmp_path, monkeypatch):
     from transformers import LlamaConfig, LlamaForCausalLM
 

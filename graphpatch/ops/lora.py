@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from ..tree.tree import Signature, Tensor
 from .arguments import Count, Flag, Real, Share
 from .calls import refuse_uncalled
+from .lora_options import OF_THE_WEIGHT, check_options
 from .lora_shapes import EXACT, factor_shapes
 from .op import Op, Refusal, Target
 from .registry import register
@@ -58,13 +59,19 @@ class Lora(Op):
     """The numerator of the scale; where none is given it is the rank, so the scale is 1."""
     dropout: Share = 0.0
     use_rslora: Flag = False
-    init: Literal["kaiming", "gaussian"] = "kaiming"
+    init: Literal["kaiming", "gaussian", "pissa", "olora", "orthogonal", "eva"] = "kaiming"
     """Of A: uniform in +-1/sqrt(in), as `nn.Linear` has it (in: times the kernel's size in a convolution), or normal
-    with a deviation of 1/rank. Embeddings have one of their own."""
+    with a deviation of 1/rank; or one of those told of above, for linears. Embeddings have one of their own."""
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
     """Of the factors; else the weight's, and float32 where that is half precision or quantised."""
     adapter: str | None = None
     """Sets the adapter apart from others on the same module: its keys end in `_NAME`."""
+    dora: Flag = False
+    """Whether each row's length is trained apart from its direction."""
+    bias: Flag = False
+    """Whether B has a bias that is trained (`lora_B_bias`, zero at first)."""
+    iterations: Count | None = None
+    """Of the randomised decomposition that `init="pissa"` then makes instead of a full one; 16 are plenty."""
 
     @field_validator("adapter")
     @classmethod
@@ -72,6 +79,18 @@ class Lora(Op):
         if value is not None and not value.isidentifier():
             raise ValueError("must be a name of letters, digits and _, since it ends the names of parameters")
         return value
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Lora:
+        if self.iterations is not None and self.init != "pissa":
+            raise ValueError('`iterations` has an effect with init="pissa" alone')
+        if self.init in OF_THE_WEIGHT and self.scale <= 0:
+            raise ValueError(f'init="{self.init}" divides the weight by the scale, so alpha must be above 0')
+        if self.init == "orthogonal" and self.rank % 2:
+            raise ValueError(f'init="orthogonal" halves the rank, and {self.rank} is odd')
+        if self.bias and self.dora:
+            raise ValueError("`bias` and `dora` do not go together: DoRA scales rows of the weight, which has no bias")
+        return self
 
     @property
     def scale(self) -> float:
@@ -81,8 +100,20 @@ class Lora(Op):
     @property
     def keys(self) -> tuple[str, str]:
         """The names of A and B on their module."""
-        tail = f"_{self.adapter}" if self.adapter else ""
-        return f"lora_A{tail}", f"lora_B{tail}"
+        return self.key("lora_A"), self.key("lora_B")
+
+    def key(self, name: str) -> str:
+        """The name on a module of one of this adapter's tensors."""
+        return f"{name}_{self.adapter}" if self.adapter else name
+
+    @property
+    def started(self) -> tuple[str, ...]:
+        """The names of the buffers that remember what A and B started from, where they must."""
+        return (self.key("lora_A_init"), self.key("lora_B_init")) if self.init in OF_THE_WEIGHT else ()
+
+    @property
+    def needs_batches(self) -> bool:
+        return self.init == "eva"
 
     def slots(self) -> frozenset[str]:
         return frozenset({f"lora:{self.adapter}" if self.adapter else "lora"})
@@ -101,18 +132,16 @@ class Lora(Op):
             )
         _refuse_tied(target)
         self._refuse_unknown_forward(target.signature)
-        if self.init != "kaiming" and "torch.nn.modules.sparse.Embedding" in mro:
-            raise Refusal(
-                f"`init` has no effect on {target.signature.cls}: lora_A starts at zero there, and lora_B is random",
-                "give embeddings a rule of their own, without init",
-            )
-        factor_shapes(target.signature, self.rank)
-        taken = [k for k in self.keys if k in target.signature.parameters or k in target.signature.buffers]
+        check_options(self, target, self._rewrite(target))
+        taken = [k for k in self.adds(target) if k in target.signature.parameters or k in target.signature.buffers]
         if taken:
             raise Refusal(
                 f"{target.signature.cls} has a tensor called `{taken[0]}` already",
                 f'give this one a name: lora(rank={self.rank}, adapter="mine")',
             )
+
+    def _rewrite(self, target: Target) -> str:
+        return next((self.accepts[c] for c in target.signature.mro if c in self.accepts), "")
 
     def _refuse_unknown_forward(self, signature: Signature) -> None:
         """The update of a linear is added to whatever a subclass makes of the base. That of an embedding or a
@@ -131,8 +160,16 @@ class Lora(Op):
     def adds(self, target: Target) -> dict[str, Tensor]:
         weight = target.signature.parameters.get("weight")
         dtype = self.dtype or (weight.dtype if weight and weight.dtype in ("float64", "float32") else "float32")
-        shapes = factor_shapes(target.signature, self.rank)
-        return {key: Tensor(shape, dtype) for key, shape in zip(self.keys, shapes)}
+        a, b = factor_shapes(target.signature, self.rank)
+        shapes = {"lora_A": a, "lora_B": b}
+        if self.dora:
+            shapes["lora_magnitude"] = b[:1]
+        if self.bias:
+            shapes["lora_B_bias"] = b[:1]
+        found = {self.key(name): Tensor(shape, dtype) for name, shape in shapes.items()}
+        for name, shape in zip(self.started, (a, b)):
+            found[name] = Tensor(shape, dtype, trainable=False, buffer=True)
+        return found
 
     def after(self, target: Target) -> str:
         return f"LoRA {target.signature.cls}"

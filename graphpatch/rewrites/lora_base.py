@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ..ops.lora import Lora
 from ..ops.op import Op
+from .dora import row_norms
+from .lora_init import STARTS
 from .merging import LowRank, Merging
 from .rewrite import InPlace
 
@@ -23,6 +25,35 @@ class Adapter(NamedTuple):
     dropout: float
     init: str
     text: str
+    plain: bool = True
+    """Whether all it adds is s B A z: none of what follows is there."""
+    bias: str = ""
+    """B's, which is scaled as B's product is."""
+    magnitude: str = ""
+    """DoRA's: the length that each row of W + s B A is given."""
+    started: tuple[str, ...] = ()
+    """Copies of the A and B that it started from, where W + s (B A - B0 A0) is meant: what PiSSA and OLoRA would take
+    out of the weight stays there, and is taken from the update."""
+    iterations: int | None = None
+    """Of the decomposition that `init` makes."""
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of all that the adapter has on its module."""
+        return (self.a, self.b, *filter(None, (self.bias, self.magnitude)), *self.started)
+
+    def factors(self, get: Callable[[str], Tensor]) -> tuple[Tensor, Tensor]:
+        """A (rank, in, ...) and B (out, rank, ...) whose product, times the scale, is what the weight gains.
+
+        Where the adapter is told from what it started from, these have twice the rank: B A - B0 A0 is
+        (B - B0) A + B0 (A - A0), which is zero bit for bit at the start, and loses nothing to cancellation later.
+        `get` gives a tensor by its name.
+        """
+        a, b = get(self.a), get(self.b)
+        if not self.started:
+            return a, b
+        a0, b0 = map(get, self.started)
+        return torch.cat([a, a - a0]), torch.cat([b - b0, b0], 1)
 
 
 class LoraModule(InPlace):
@@ -35,19 +66,44 @@ class LoraModule(InPlace):
     @classmethod
     def entry(cls, op: Op, parameter: str | None = None) -> Adapter:
         lora = cast(Lora, op)
-        return Adapter(*lora.keys, lora.scale, lora.dropout, lora.init, lora.text())
+        return Adapter(
+            *lora.keys,
+            lora.scale,
+            lora.dropout,
+            lora.init,
+            lora.text(),
+            plain=not (lora.bias or lora.dora or lora.started),
+            bias=lora.key("lora_B_bias") if lora.bias else "",
+            magnitude=lora.key("lora_magnitude") if lora.dora else "",
+            started=lora.started,
+            iterations=lora.iterations,
+        )
 
     @classmethod
     def initialise(cls, entry: Adapter, tensors: Mapping[str, Tensor], module: nn.Module) -> None:
-        """A as PEFT has it: kaiming uniform with a = sqrt(5), which is uniform in +-1/sqrt(fan-in); B zero."""
-        a, b = tensors[entry.a], tensors[entry.b]
+        """The factors as `init` says, and whatever else there is so that the module computes what it did."""
         with torch.no_grad():
-            if entry.init == "gaussian":
-                a.normal_(std=1 / a.shape[0])
-            else:
-                bound = (a.numel() / a.shape[0]) ** -0.5
-                a.uniform_(-bound, bound)
-            b.zero_()
+            cls._start(entry, tensors[entry.a], tensors[entry.b], module)
+            for name, source in zip(entry.started, (entry.a, entry.b)):
+                tensors[name].copy_(tensors[source])
+            if entry.bias:
+                tensors[entry.bias].zero_()
+            if entry.magnitude:
+                tensors[entry.magnitude].copy_(cls.row_norms(entry, tensors.__getitem__, module))
+
+    @classmethod
+    def _start(cls, entry: Adapter, a: Tensor, b: Tensor, module: nn.Module) -> None:
+        STARTS[entry.init](a, b, entry.scale, lambda: cls.matrix(module), entry.iterations)
+
+    @staticmethod
+    def matrix(module: nn.Module) -> Tensor:
+        """The module's weight as (out, in), of a kind that has one."""
+        raise NotImplementedError
+
+    @classmethod
+    def matrices(cls, module: nn.Module, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The weight and the factors as (..., out, in), (..., rank, in) and (..., out, rank)."""
+        return cls.matrix(module), a, b
 
     @classmethod
     def merging(
@@ -56,23 +112,33 @@ class LoraModule(InPlace):
         """W + s B A, for a weight that is stored (out, in)."""
         return {"weight": LowRank.of(tensors[entry.b], tensors[entry.a], entry.scale)}
 
+    @classmethod
+    def row_norms(cls, entry: Adapter, get: Callable[[str], Tensor], module: nn.Module) -> Tensor:
+        """The lengths of the rows of what the weight becomes, (out,)."""
+        return row_norms(*cls.matrices(module, *entry.factors(get)), entry.scale).flatten()
+
     def reset_parameters(self) -> None:
         """The base's own reset, and fresh factors: `to_empty` and `reset_parameters` leave no garbage behind."""
         reset = getattr(super(), "reset_parameters", None)
         if reset is not None:
             reset()
         for adapter in self._lora:
-            self.initialise(adapter, {name: getattr(self, name) for name in (adapter.a, adapter.b)}, self)
+            self.initialise(adapter, {name: getattr(self, name) for name in adapter.tensors}, self)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self._add_all(super().forward(input, *args, **kwargs), input)
 
     def _add_all(self, output: Tensor, input: Tensor) -> Tensor:
-        """The output and every adapter's update."""
+        """The output and what every adapter adds to it."""
+        base = output
         for adapter in self._lora:
-            output = output + self._update(adapter, input).to(output.dtype)
+            output = output + self._addend(adapter, input, base).to(output.dtype)
         return output
 
+    def _addend(self, adapter: Adapter, input: Tensor, output: Tensor) -> Tensor:
+        """What one adapter adds to `output`, which is the base's for this input."""
+        return self._update(adapter, input)
+
     def _update(self, adapter: Adapter, input: Tensor) -> Tensor:
-        """What one adapter adds to the output for this input: s B A z, with z the input after dropout."""
+        """What the factors give for this input: s B A z, with z the input after dropout."""
         raise NotImplementedError

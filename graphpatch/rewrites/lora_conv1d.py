@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from .lora import LoraLinear
-from .lora_base import Adapter
 from .low_rank import LinearWithLowRank, fusible
-from .merging import LowRank, Merging
 from .rewrite import InPlace
 
 
 class LoraConv1D(LoraLinear):
     """The factors are those of a linear, so the weight's own delta is s (B A)^T."""
+
+    transposed = True
 
     @classmethod
     def variant(cls, below: type) -> type[InPlace]:
@@ -23,11 +21,9 @@ class LoraConv1D(LoraLinear):
         forward = getattr(below, "forward", None)
         return LoraPlainConv1D if getattr(forward, "__module__", "") == "transformers.pytorch_utils" else cls
 
-    @classmethod
-    def merging(
-        cls, entry: Adapter, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
-    ) -> Mapping[str, Merging]:
-        return {"weight": LowRank.of(tensors[entry.a].t(), tensors[entry.b].t(), entry.scale)}
+    @staticmethod
+    def matrix(module: nn.Module) -> Tensor:
+        return module.weight.t()  # type: ignore[operator,no-any-return]
 
     def __repr__(self) -> str:
         # The class writes its line itself and asks no `extra_repr`.
@@ -38,13 +34,12 @@ class LoraConv1D(LoraLinear):
 class LoraPlainConv1D(LoraConv1D):
     """The same where the class below is `Conv1D` itself: its product is fused in training."""
 
-    weight: Tensor
-    bias: Tensor
-
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         adapters = self._lora
         if len(adapters) == 1 and fusible(x, self.weight):
             adapter = adapters[0]
+            if not adapter.plain:
+                return self._fused(adapter, x, self.weight.t())
             z = dropout(x, adapter.dropout) if adapter.dropout and self.training else None
             a, b = getattr(self, adapter.a), getattr(self, adapter.b)
             return LinearWithLowRank.apply(x, z, self.weight.t(), self.bias, a, b, adapter.scale)  # type: ignore[no-any-return,no-untyped-call]

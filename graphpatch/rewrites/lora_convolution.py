@@ -2,41 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
-from torch import Tensor
-from torch.nn.functional import conv1d, conv2d, conv3d, dropout
+from torch import Tensor, nn
+from torch.nn.functional import conv1d, conv2d, conv3d
 
-from .lora_base import Adapter, LoraModule
-from .merging import LowRank, Merging, Product
+from .lora_options import LoraOfWeight
+from .merging import LowRank, Product
 
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {3: conv1d, 4: conv2d, 5: conv3d}
 """By the dimensions of a weight."""
 
 
-class LoraConvolution(LoraModule):
+class LoraConvolution(LoraOfWeight):
     """A convolves as the base does, with its stride, padding (mode), dilation and groups; B mixes the channels."""
 
+    weight: Tensor
     groups: int
     _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     """The base's own: pads as `padding_mode` says, and convolves the input with any weight."""
 
     @classmethod
-    def merging(
-        cls, entry: Adapter, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
-    ) -> Mapping[str, Merging]:
+    def matrices(cls, module: nn.Module, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A matrix for each group."""
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        weight, a, b = (t.unflatten(0, (module.groups, -1)).flatten(2) for t in (weight, a, b))  # type: ignore[arg-type]
+        return weight, a, b
+
+    @classmethod
+    def _gained(cls, a: Tensor, b: Tensor, scale: float) -> LowRank:
         """Each group of output channels gains the product of its own rows of B with the rank channels it sees."""
-        a, b = tensors[entry.a].flatten(1), tensors[entry.b].flatten(1)
+        a, b = a.flatten(1), b.flatten(1)
         groups, out = len(a) // b.shape[1], len(b)
         rows, rank = out // groups, b.shape[1]
         products = [
             Product(b[g * rows : (g + 1) * rows], a[g * rank : (g + 1) * rank], g * rows) for g in range(groups)
         ]
-        return {"weight": LowRank(products, entry.scale, a.shape[1])}
+        return LowRank(products, scale, a.shape[1])
 
-    def _update(self, adapter: Adapter, input: Tensor) -> Tensor:
-        a, b = getattr(self, adapter.a), getattr(self, adapter.b)
-        z = dropout(input, adapter.dropout) if adapter.dropout and self.training else input
+    def _low_rank(self, z: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         h = self._conv_forward(z, a.to(z.dtype), None)
-        h = h if adapter.scale == 1.0 else h * adapter.scale
-        return _CONVOLUTIONS[b.dim()](h, b.to(h.dtype), groups=self.groups)
+        return _CONVOLUTIONS[b.dim()](h if scale == 1.0 else h * scale, b.to(h.dtype), groups=self.groups)
+
+    def _product(self, z: Tensor) -> Tensor:
+        return self._conv_forward(z, self.weight, None)
+
+    def _along_rows(self, vector: Tensor) -> Tensor:
+        return vector.view(-1, *(1 for _ in range(self.weight.dim() - 2)))

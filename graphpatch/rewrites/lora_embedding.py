@@ -2,47 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, embedding, linear
 
-from .lora_base import Adapter, LoraModule
-from .merging import LowRank, Merging
+from .lora_base import Adapter
+from .lora_options import LoraOfWeight
 
 
-class LoraEmbedding(LoraModule):
+class LoraEmbedding(LoraOfWeight):
     """A linear on one-hot inputs, without making any: A is looked up, B multiplied."""
 
     weight: Tensor
+    transposed = True
     padding_idx: int | None
     scale_grad_by_freq: bool
 
     @classmethod
-    def initialise(cls, entry: Adapter, tensors: Mapping[str, Tensor], module: nn.Module) -> None:
+    def _start(cls, entry: Adapter, a: Tensor, b: Tensor, module: nn.Module) -> None:
         """A zero and B standard normal, as PEFT has it. The padding's column of A has no gradient and so stays zero,
         and the padding's row what it was, which it would not with A random."""
-        with torch.no_grad():
-            tensors[entry.a].zero_()
-            tensors[entry.b].normal_()
+        a.zero_()
+        b.normal_()
 
-    @classmethod
-    def merging(
-        cls, entry: Adapter, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
-    ) -> Mapping[str, Merging]:
-        """E + s (B A)^T."""
-        return {"weight": LowRank.of(tensors[entry.a].t(), tensors[entry.b].t(), entry.scale)}
+    @staticmethod
+    def matrix(module: nn.Module) -> Tensor:
+        return module.weight.t()  # type: ignore[operator,no-any-return]
 
     def _update(self, adapter: Adapter, input: Tensor) -> Tensor:
-        dtype = self.weight.dtype
         a, b = getattr(self, adapter.a), getattr(self, adapter.b)
-        h = embedding(input, a.t(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq).to(dtype)
-        if adapter.dropout and self.training:
-            # The input is one number that is not zero, so that is dropped or kept: a token's whole update.
-            h = h * dropout(h.new_ones(h.shape[:-1]), adapter.dropout).unsqueeze(-1)
-        delta = linear(h if adapter.scale == 1.0 else h * adapter.scale, b.to(dtype)).to(dtype)
+        return self._dropping(adapter, self._low_rank(input, a, b, adapter.scale))
+
+    def _addend(self, adapter: Adapter, input: Tensor, output: Tensor) -> Tensor:
+        if adapter.plain:
+            return self._update(adapter, input)
+        added = self._low_rank(input, getattr(self, adapter.a), getattr(self, adapter.b), adapter.scale)
+        return self._dropping(adapter, added + self._gain_less_one(adapter, output) * (output + added))
+
+    def _low_rank(self, z: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        dtype = self.weight.dtype
+        h = embedding(z, a.t(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq).to(dtype)
+        delta = linear(h if scale == 1.0 else h * scale, b.to(dtype)).to(dtype)
         # What scales its rows on the way out (Gemma's, Bart's) scales the sum of both.
         outer: Any = getattr(self, "embed_scale", None)
         return delta if outer is None else delta * (outer.to(dtype) if isinstance(outer, Tensor) else outer)
+
+    def _dropping(self, adapter: Adapter, added: Tensor) -> Tensor:
+        """An embedding's input is one number that is not zero, so that is dropped or kept: all that a token gains."""
+        if not (adapter.dropout and self.training):
+            return added
+        return added * dropout(added.new_ones(added.shape[:-1]), adapter.dropout).unsqueeze(-1)

@@ -1,0 +1,56 @@
+"""Which options of LoRA have their effect on which targets: the rest is refused, never ignored."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .lora_shapes import factor_shapes
+from .op import Refusal, Target
+
+if TYPE_CHECKING:
+    from .lora import Lora
+
+LINEAR = frozenset({"graphpatch.rewrites.lora:LoraLinear", "graphpatch.rewrites.lora_conv1d:LoraConv1D"})
+EMBEDDING = frozenset({"graphpatch.rewrites.lora_embedding:LoraEmbedding"})
+CONVOLUTION = frozenset({"graphpatch.rewrites.lora_convolution:LoraConvolution"})
+"""Rewrites, by import path: an option has an effect where the rewrite knows it."""
+
+DORA = LINEAR | EMBEDDING | CONVOLUTION
+BIAS = LINEAR | CONVOLUTION
+STARTS = {
+    "gaussian": LINEAR | CONVOLUTION,
+    "pissa": LINEAR,
+    "olora": LINEAR,
+    "orthogonal": LINEAR,
+    "eva": LINEAR,
+}
+"""By `init`; the default one is for all."""
+OF_THE_WEIGHT = frozenset({"pissa", "olora"})
+"""The values of `init` that take a part out of the weight, so that what they started from must be remembered."""
+
+
+def check_options(lora: Lora, target: Target, rewrite: str) -> None:
+    """Raise `Refusal` for the first option that is without effect where `rewrite` does the work."""
+    cls = target.signature.cls
+    if lora.dora and rewrite not in DORA:
+        raise _no_effect("dora=true", cls, "LoRA has no rows of one weight to scale there", "dora")
+    if lora.bias and rewrite not in BIAS:
+        raise _no_effect("bias=true", cls, "LoRA adds to no bias there", "bias")
+    if lora.init != "kaiming" and rewrite in EMBEDDING:
+        raise _no_effect("init", cls, "lora_A starts at zero there, and lora_B is random", "init")
+    if lora.init != "kaiming" and rewrite not in STARTS[lora.init]:
+        raise _no_effect(f'init="{lora.init}"', cls, "it is made for the weight of a linear", "init")
+    if lora.init in OF_THE_WEIGHT or lora.init == "eva":
+        (_, in_), (out, _) = (shape[:2] for shape in factor_shapes(target.signature, lora.rank))
+        most, of = (in_, f"{in_} features") if lora.init == "eva" else (min(in_, out), f"a weight of {out} x {in_}")
+        if lora.rank > most:
+            raise Refusal(
+                f'init="{lora.init}" finds at most {most} directions in {of}, and the rank is {lora.rank}',
+                f"lora(rank={most}), or another init",
+            )
+
+
+def _no_effect(argument: str, cls: str, why: str, without: str) -> Refusal:
+    return Refusal(
+        f"`{argument}` has no effect on {cls}: {why}", f"give those targets a rule of their own, without {without}"
+    )

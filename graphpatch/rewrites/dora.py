@@ -1,0 +1,60 @@
+"""DoRA: each row of W + s B A keeps its direction and has a trained length. Liu et al., arXiv:2402.09353, section 4."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .merging import LowRank, Merging
+
+
+@torch.no_grad()
+def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """The lengths of the rows of W + s B A, for W of (..., out, in), A of (..., rank, in), B of (..., out, rank).
+
+    The sum is never made: |w + s b A|^2 = |w|^2 + 2 s (w A^T) b^T + s^2 b (A A^T) b^T, row by row. A constant to
+    backward, as section 4.3 of the paper has it. In float32 for a weight of half precision; exactly the weight's own
+    where B is zero.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    a = a.to(weight.dtype)
+    squares = torch.linalg.vector_norm(weight, dim=-1, dtype=dtype).square()
+    b_ = b.to(dtype)
+    crossed = ((weight @ a.mT).to(dtype) * b_).sum(-1)
+    a = a.to(dtype)
+    own = ((b_ @ (a @ a.mT)) * b_).sum(-1)
+    return (squares + 2 * scale * crossed + scale**2 * own).clamp_min(0).sqrt()
+
+
+def gain(magnitude: Tensor, norms: Tensor) -> Tensor:
+    """What each row is multiplied by. A row of zeros has no direction; it stays zero, and no NaN."""
+    return magnitude / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+
+
+class RowsToLengths(Merging):
+    """DoRA merged into a weight whose rows it scales."""
+
+    def __init__(self, gained: LowRank, magnitude: Tensor):
+        self.gained, self.magnitude, self.columns = gained, magnitude, gained.columns
+
+    def rows(self, rows: Tensor, start: int) -> Tensor:
+        rows = self.gained.rows(rows, start)
+        lengths = self.magnitude[start : start + len(rows)].to(rows.dtype)
+        return rows.mul_(gain(lengths, torch.linalg.vector_norm(rows, dim=1))[:, None])
+
+
+class ColumnsToLengths(Merging):
+    """The same for a weight that is stored (in, out): a column's length is known when all rows were seen."""
+
+    looks = True
+
+    def __init__(self, gained: LowRank, magnitude: Tensor):
+        self.gained, self.magnitude, self.columns = gained, magnitude, gained.columns
+        self._squares: Tensor | float = 0.0
+
+    def look(self, rows: Tensor, start: int) -> None:
+        self._squares = self._squares + self.gained.rows(rows, start).square().sum(0)
+
+    def rows(self, rows: Tensor, start: int) -> Tensor:
+        norms = torch.as_tensor(self._squares).sqrt()
+        return self.gained.rows(rows, start).mul_(gain(self.magnitude.to(rows.dtype), norms.to(rows.dtype)))

@@ -37,8 +37,22 @@ class Lora(Op):
     A module whose weight is tied to another's is refused: an update of a head would be none of the embedding that is
     the same matrix.
 
-    Hu et al., LoRA, arXiv:2106.09685, section 4.1. Kalajdzievski, rsLoRA, arXiv:2312.03732, section 3. Embeddings and
-    convolutions as in PEFT 0.21, peft/tuners/lora/layer.py, but for groups and dropout on embeddings.
+    With `dora`, W + s B A is taken apart into directions and lengths: each row has the trained length `lora_magnitude`
+    (out), at first the weight's own, so y = m / |W + s B A| * (W x + s B A x) + b. The norm is a constant to backward,
+    and is worked out without the sum. Rows are features out; an embedding's are its dimensions, over the whole
+    vocabulary, so that DoRA scales the row of the padding too.
+
+    `init="pissa"` starts from the weight's principal singular vectors, `init="olora"` from its QR decomposition. Both
+    mean W - s B0 A0 + s B A, with B0 and A0 what the factors started from. The weight is not touched: B0 and A0 are kept
+    (the buffers `lora_B_init` and `lora_A_init`, saved with the adapter) and y = W x + b + s (B A - B0 A0) x, so nothing
+    is to be put back, base checkpoints fit, and the whole is a plain LoRA of twice the rank. `init="orthogonal"` makes
+    both factors random, with B A = 0. `init="eva"` lets A see data: it holds the principal directions of the inputs that
+    `apply(model, rules, batches=...)` shows it.
+
+    Hu et al., LoRA, arXiv:2106.09685, section 4.1. Kalajdzievski, rsLoRA, arXiv:2312.03732, section 3. Liu et al., DoRA,
+    arXiv:2402.09353, section 4. Meng et al., PiSSA, arXiv:2404.02948. Büyükakyüz, OLoRA, arXiv:2406.01775. Paischer et
+    al., EVA, arXiv:2410.07170. Embeddings and convolutions as in PEFT 0.21, peft/tuners/lora/layer.py, but for groups and
+    dropout on embeddings.
     """
 
     accepts: ClassVar = {

@@ -43,7 +43,7 @@ def pissa(a: Tensor, b: Tensor, scale: float, weight: Callable[[], Tensor], iter
 
 
 def olora(a: Tensor, b: Tensor, scale: float, weight: Callable[[], Tensor], iterations: int | None) -> None:
-    """B the first columns of Q and A the first rows of R, of W = Q R. Büyükakyüz, OLoRA, arXiv:2406.01775, section 3."""
+    """B the first columns of Q and A the first rows of R, of W = Q R. Büyükakyüz, OLoRA, arXiv:2406.01775."""
     rank = a.shape[0]
     q, r = torch.linalg.qr(_full(weight()))
     a.copy_(r[:rank])

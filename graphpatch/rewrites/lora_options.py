@@ -83,16 +83,15 @@ class LoraOfWeight(LoraModule):
         PiSSA and OLoRA take out of the weight is out for the whole input."""
         z, scale = self._dropped(adapter, input), adapter.scale
         added = self._low_rank(z, getattr(self, adapter.a), getattr(self, adapter.b), scale)
+        start = [getattr(self, name) for name in adapter.started]
         if adapter.bias:
             added = added + self._scaled_bias(adapter, added)
         if adapter.magnitude:
             product = self._product(z)
-            if adapter.started:
-                product = product - self._low_rank(z, *map(partial(getattr, self), adapter.started), scale)
+            if start:
+                product = product - self._low_rank(z, start[0], start[1], scale)
             added = added + self._gain_less_one(adapter, added) * (product + added)
-        if adapter.started:
-            added = added - self._low_rank(input, *map(partial(getattr, self), adapter.started), scale)
-        return added
+        return added - self._low_rank(input, start[0], start[1], scale) if start else added
 
     def _scaled_bias(self, adapter: Adapter, like: Tensor) -> Tensor:
         return self._along_rows(getattr(self, adapter.bias) * adapter.scale).to(like.dtype)

@@ -43,16 +43,14 @@ class Lora(Op):
     vocabulary, so that DoRA scales the row of the padding too.
 
     `init="pissa"` starts from the weight's principal singular vectors, `init="olora"` from its QR decomposition. Both
-    mean W - s B0 A0 + s B A, with B0 and A0 what the factors started from. The weight is not touched: B0 and A0 are kept
-    (the buffers `lora_B_init` and `lora_A_init`, saved with the adapter) and y = W x + b + s (B A - B0 A0) x, so nothing
-    is to be put back, base checkpoints fit, and the whole is a plain LoRA of twice the rank. `init="orthogonal"` makes
-    both factors random, with B A = 0. `init="eva"` lets A see data: it holds the principal directions of the inputs that
-    `apply(model, rules, batches=...)` shows it.
+    mean W - s B0 A0 + s B A, with B0 and A0 what the factors started from. The weight is not touched: B0 and A0 are
+    kept (the buffers `lora_B_init` and `lora_A_init`, saved with the adapter) and y = W x + b + s (B A - B0 A0) x, so
+    nothing is to be put back, base checkpoints fit, and the whole is a plain LoRA of twice the rank. With
+    `init="orthogonal"` both factors are random, and B A = 0.
 
-    Hu et al., LoRA, arXiv:2106.09685, section 4.1. Kalajdzievski, rsLoRA, arXiv:2312.03732, section 3. Liu et al., DoRA,
-    arXiv:2402.09353, section 4. Meng et al., PiSSA, arXiv:2404.02948. Büyükakyüz, OLoRA, arXiv:2406.01775. Paischer et
-    al., EVA, arXiv:2410.07170. Embeddings and convolutions as in PEFT 0.21, peft/tuners/lora/layer.py, but for groups and
-    dropout on embeddings.
+    Hu et al., LoRA, arXiv:2106.09685, section 4.1. Kalajdzievski, rsLoRA, arXiv:2312.03732, section 3. Liu et al.,
+    DoRA, arXiv:2402.09353, section 4. Meng et al., PiSSA, arXiv:2404.02948. Büyükakyüz, OLoRA, arXiv:2406.01775.
+    Embeddings and convolutions as in PEFT 0.21, peft/tuners/lora/layer.py, but for groups and dropout on embeddings.
     """
 
     accepts: ClassVar = {
@@ -73,7 +71,7 @@ class Lora(Op):
     """The numerator of the scale; where none is given it is the rank, so the scale is 1."""
     dropout: Share = 0.0
     use_rslora: Flag = False
-    init: Literal["kaiming", "gaussian", "pissa", "olora", "orthogonal", "eva"] = "kaiming"
+    init: Literal["kaiming", "gaussian", "pissa", "olora", "orthogonal"] = "kaiming"
     """Of A: uniform in +-1/sqrt(in), as `nn.Linear` has it (in: times the kernel's size in a convolution), or normal
     with a deviation of 1/rank; or one of those told of above, for linears. Embeddings have one of their own."""
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None

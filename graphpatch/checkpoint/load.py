@@ -5,9 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from os import PathLike, fspath
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
 import torch
@@ -18,24 +16,20 @@ from ..patch.apply import apply_plan
 from ..patch.drift import unwrapped
 from ..patch.patch import Patch, patches
 from ..plan.plan import Plan
-from ..plan.ruleset import RuleSet
 from ..tree.tree import Mark, Tensor, Tree
-from .base import check_base, log
-from .changes import difference
+from .base import check_base
 from .manifest import Manifest
 from .moved import MovedWeights
-from .pair import JSON, read_pair
-from .save import changes_of, unmarked
+from .save import unmarked
+from .saved import Saved
 from .tensors import (
     Named,
     added_tensors,
     base_place,
     check,
-    content_hash,
     journal_of,
     on_meta,
     put,
-    refuse_names,
     tensor_at,
 )
 
@@ -64,7 +58,7 @@ def load_adapter(
     if isinstance(allow_import, str):
         allow_import = (allow_import,)  # as a sequence its `*` alone would permit everything
     root = unwrapped(model)
-    saved = _Saved.read(directory)
+    saved = Saved.read(directory)
     tree = Tree.of(model)
     check_base(saved.made_on, tree, saved.keys, saved.folder)
     saved.check_content(tree)
@@ -108,7 +102,7 @@ def load_weights(patch: Patch, source: str | PathLike[str] | Mapping[str, torch.
     if isinstance(source, Mapping):
         _fill(patch, dict(source), "the state dict")
         return
-    saved = _Saved.read(source)
+    saved = Saved.read(source)
     name = patch.record["adapter"]
     tensors: Named = saved.tensors
     if name != saved.manifest.adapter and patch.record["rules"] == saved.manifest.rules:
@@ -117,69 +111,11 @@ def load_weights(patch: Patch, source: str | PathLike[str] | Mapping[str, torch.
     _fill(patch, tensors, saved.folder)
 
 
-@dataclass(frozen=True)
-class _Saved:
-    """What a directory holds, read and found whole."""
-
-    folder: str
-    manifest: Manifest
-    rules: RuleSet
-    made_on: Tree
-    tensors: Named
-
-    @property
-    def keys(self) -> list[str]:
-        """In the order of the model's modules."""
-        return [*self.manifest.tensors.added, *self.manifest.tensors.base]
-
-    @classmethod
-    def read(cls, directory: str | PathLike[str]) -> _Saved:
-        folder = Path(directory)
-        manifest, tensors = read_pair(folder)
-        path = folder / JSON
-        said = dict.fromkeys([*manifest.tensors.added, *manifest.tensors.base])
-        refuse_names([k for k in said if k not in tensors], [k for k in tensors if k not in said], fspath(folder))
-        return cls(fspath(folder), manifest, manifest.rule_set(path), manifest.base_tree(path), tensors)
-
-    def plan(self, tree: Tree, adapter: str | None, allow_import: Sequence[str]) -> Plan:
-        return self.rules.plan(tree, adapter=adapter, allow_import=allow_import)
-
-    def check_changes(self, plan: Plan) -> None:
-        """Raise `Error` (GP613) where the rules change something else than they did."""
-        lines = difference(self.manifest.changes, changes_of(plan), plan.tree)
-        if not lines:
-            return
-        raise Error(
-            Diagnostic(
-                "GP613",
-                f"the rules of {self.folder} do not mean here what they meant when it was saved",
-                text=lines,
-                fixes=("the file was edited, or an op means something else in this version: save the adapter anew",),
-            )
-        )
-
-    def check_content(self, tree: Tree) -> None:
-        """Raise `Error` (GP618) where a hash of the base's bytes is recorded, and is not this base's."""
-        if self.manifest.base.content is None:
-            return
-        if tree.fingerprint != self.made_on.fingerprint:
-            log.info("%s: the bytes of a base in another dtype cannot be compared", self.folder)
-        elif content_hash(tree, set(self.manifest.tensors.base)) != self.manifest.base.content:
-            raise Error(
-                Diagnostic(
-                    "GP618",
-                    f"{self.folder} was trained on a base with other weights",
-                    text=("names, shapes and types are the same, and the bytes are not",),
-                    fixes=("load the checkpoint that it was trained on",),
-                )
-            )
-
-
 def _is_of(patch: Patch, manifest: Manifest, adapter: str | None) -> bool:
     return patch.record["adapter"] == adapter and patch.record["rules"] == manifest.rules
 
 
-def _renamed(saved: _Saved, recorded: Plan, clean: Tree, name: str | None) -> Named:
+def _renamed(saved: Saved, recorded: Plan, clean: Tree, name: str | None) -> Named:
     """The tensors, under the names that they have where the adapter is called `name`."""
     if name == saved.manifest.adapter:
         return saved.tensors
@@ -199,7 +135,7 @@ def _renamed(saved: _Saved, recorded: Plan, clean: Tree, name: str | None) -> Na
     return {names.get(key, key): tensor for key, tensor in saved.tensors.items()}
 
 
-def _check_plan(plan: Plan, tensors: Named, saved: _Saved) -> None:
+def _check_plan(plan: Plan, tensors: Named, saved: Saved) -> None:
     """All that can be known before the model is touched: what modules that are put in hold is known afterwards."""
     tree = plan.tree
     expected: dict[str, Any] = {}

@@ -5,7 +5,9 @@ Given by an op's entry and its tensors alone, so that the same arithmetic merges
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -43,6 +45,11 @@ class Merging:
         float64, and may be changed in place; the result is rounded to the base's dtype once."""
         raise NotImplementedError
 
+    def limit(self, largest: float) -> float:
+        """No element becomes larger than this in absolute value, where none of the base is larger than `largest`. From
+        the factors alone, and so perhaps far more than any becomes; infinite where that is not known."""
+        return math.inf
+
 
 class Product(NamedTuple):
     """A part of a parameter, from `row` and `column` on, that gains left (rows x rank) times right (rank x columns)."""
@@ -77,6 +84,10 @@ class LowRank(Merging):
             rows[first - start : last - start, column : column + right.shape[1]] += delta
         return rows
 
+    def limit(self, largest: float) -> float:
+        gains = (abs(self.scale) * left.shape[1] * _largest(left) * _largest(right) for left, right, *_ in self.products)
+        return largest + sum(gains)
+
 
 def blocks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
     """The (start, stop) of blocks that cover `rows` rows, of about the same size.
@@ -95,8 +106,53 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def merged(mergings: Iterable[Merging], rows: Tensor, start: int) -> Tensor:
-    """What the rows become by all of them, one after the other, without rounding in between."""
-    for merging in mergings:
-        rows = merging.rows(rows, start)
-    return rows
+def merge_blocks(
+    mergings: Sequence[Merging],
+    spans: Sequence[tuple[int, int]],
+    read: Callable[[int, int], Tensor],
+    write: Callable[[int, Tensor], None],
+) -> None:
+    """Merge all of them into one parameter, one after the other without rounding in between.
+
+    `spans` are the blocks of its rows; `read(start, stop)` gives a copy of rows in `working_dtype`; `write(start, rows)`
+    gets what they become, in the same.
+    """
+
+    def after(number: int, start: int, stop: int) -> Tensor:
+        rows = read(start, stop)
+        for merging in mergings[:number]:
+            rows = merging.rows(rows, start)
+        return rows
+
+    with torch.no_grad():
+        for number, merging in enumerate(mergings):
+            for start, stop in spans if merging.looks else ():
+                merging.look(after(number, start, stop), start)
+        for start, stop in spans:
+            write(start, after(len(mergings), start, stop))
+
+
+@contextmanager
+def exact_arithmetic(*devices: str) -> Iterator[None]:
+    """Products of float32 in float32, whatever the caller trains with: no autocast, no TF32 or bfloat16 inside."""
+    precision = torch.get_float32_matmul_precision()
+    with ExitStack() as stack:
+        for device in devices:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        if precision != "highest":
+            torch.set_float32_matmul_precision("highest")
+            stack.callback(torch.set_float32_matmul_precision, precision)
+        yield
+
+
+def not_finite(tensor: Tensor) -> bool:
+    """Whether there is a NaN or an infinity in it. The extremes tell, at a hundredth of the price of looking at each."""
+    if not tensor.numel():
+        return False
+    low, high = torch.aminmax(tensor)
+    return not (math.isfinite(low) and math.isfinite(high))
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0

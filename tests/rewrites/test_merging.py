@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import graphpatch
-from graphpatch.rewrites.merging import BLOCK_ROWS, LowRank, blocks, merged, working_dtype
+from graphpatch.rewrites.merging import BLOCK_ROWS, LowRank, blocks, merge_blocks, working_dtype
 from tests.patch.common import randomise
 
 KINDS = {
@@ -68,6 +68,13 @@ def test_block_by_block_is_the_whole_matrix_bit_for_bit(dtype, out, in_, rank):
     w, a, b = torch.randn(out, in_).to(dtype), torch.randn(rank, in_), torch.randn(out, rank)
     whole = (w.float() + (b @ a) * 0.7).to(dtype)
     merging = LowRank.of(b, a, 0.7)
-    for start, stop in blocks(out, in_):
-        w[start:stop] = merged([merging], w[start:stop].to(working_dtype(dtype)), start)
+
+
+    def read(start, stop):
+        return w[start:stop].to(working_dtype(dtype), copy=True)
+
+    def write(start, rows):
+        w[start : start + len(rows)] = rows
+
+    merge_blocks([merging], list(blocks(out, in_)), read, write)
     assert torch.equal(w, whole)

@@ -28,12 +28,16 @@ Place = tuple[nn.Module, str]
 
 
 def journal_of(patch: Patch) -> Journal:
-    """The journal of a patch that is there and switched on; raises `ApplyError` (GP509) else."""
+    """The journal of a patch that is there, switched on and not merged; raises `ApplyError` (GP509, GP532) else."""
     journal = next((j for j in journals_of(patch.model) if Patch(patch.model, j) == patch), None)
     if journal is None:
         raise ApplyError(Diagnostic("GP509", "this patch was reverted already"))
     if journal.disabled:
         raise ApplyError(Diagnostic("GP509", "the patch is switched off: leave `with patch.disabled()` first"))
+    if journal.merged:
+        title = "the patch is merged: the base is not what its factors belong to, nor are they what it computes with"
+        fixes = ("patch.unmerge() first", "or save before patch.merge()")
+        raise ApplyError(Diagnostic("GP532", title, fixes=fixes))
     return journal
 
 

@@ -70,6 +70,8 @@ class InPlaceChange:
     """Of an adapter: what its update is multiplied by."""
     off: bool = False
     """Within `switched_off`, whatever `active` says."""
+    merged: bool = False
+    """What it does is in the weights."""
 
     def do(self) -> None:
         # The loop that every target goes through: nothing is looked up twice, and what is the same as it was for the
@@ -157,13 +159,18 @@ class InPlaceChange:
     @property
     def shown(self) -> Any:
         """What the modules' `forward` shall see: the entry, one in its place, or None."""
-        if self.off or not self.active:
+        return None if self.off or self.merged else self.weighted
+
+    @property
+    def weighted(self) -> Any:
+        """The entry, with its weight; None where it is not active."""
+        if not self.active:
             return None
         return self.entry if self.weight == 1.0 else self.mixin.weighted(self.entry, self.weight)
 
     def show(self) -> None:
-        """Bring `active`, `weight` and `off` to the modules. Nothing is registered, and no class changes, so that a
-        sharded or replicated model keeps what it has."""
+        """Bring `active`, `weight`, `off` and `merged` to the modules. Nothing is registered, and no class changes, so
+        that a sharded or replicated model keeps what it has."""
         attribute, shown = self.mixin.entries, self.shown
         states: dict[int, _State] = {}
         for module in self.modules:

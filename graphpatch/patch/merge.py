@@ -1,138 +1,303 @@
 """Merging a patch into the weights it stands beside, and taking it out again.
 
-The weights are written in place, a block of rows at a time: optimizers, ties and compiled models keep the very
+The weights are written in place, a block of rows at a time: optimizers, hooks and compiled models keep the very
 parameters they have. The factors stay registered; only the modules no longer compute with them.
 """
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from ..lang.diagnostics import ApplyError, Diagnostic
-from ..rewrites.merging import (
-    Merging,
-    Unmergeable,
-    blocks,
-    exact_arithmetic,
-    merge_blocks,
-    not_finite,
-    working_dtype,
-)
-from .change import Change, FastPathChange, InPlaceChange
-from .record import Journal, Merged
-
-Place = tuple[nn.Module, str]
-"""A parameter, by its module and its name there."""
+from ..rewrites.merging import blocks, exact_arithmetic, merge_blocks, not_finite, working_dtype, workspace
+from .change import InPlaceChange
+from .mergeable import Weight, weights_of
+from .record import Journal, Merged, Place
 
 
-@dataclass(eq=False)
-class Weight:
-    """A parameter that merging changes."""
-
-    place: Place
-    path: str
-    mergings: list[Merging] = field(default_factory=list)
-
-    @property
-    def tensor(self) -> Tensor:
-        """The live parameter, detached: in-place changes count for it."""
-        return self.place[0]._parameters[self.place[1]].detach()  # type: ignore[union-attr]
-
-
-# ── what would be merged ──
-
-
-def weights_of(root: nn.Module, journal: Journal) -> list[Weight]:
-    """The parameters that merging the patch changes, each once. Raises `ApplyError` (GP531) where it cannot be."""
-    found: dict[tuple[int, str], Weight] = {}
-    for change in journal.changes:
-        if isinstance(change, FastPathChange) or not change.modules:
-            continue  # a hook that does nothing; weights that a loaded adapter brought, which are where they belong
-        if not isinstance(change, InPlaceChange):
-            raise _cannot(journal.path(change.nodes[0]), change, "it is no change of a weight", _APART)
-        for node, module in zip(change.nodes, change.modules):
-            path = journal.path(node)
-            for name, merging in _mergings(change, module, path).items():
-                owner, leaf = _owner(module, name)
-                weight = found.setdefault((id(owner), leaf), Weight((owner, leaf), f"{path}.{name}".removeprefix(".")))
-                weight.mergings.append(merging)
-    for weight in found.values():
-        _refuse_unfit(weight)
-    _refuse_shared(root, found.values())
-    return list(found.values())
+def merge(root: nn.Module, journal: Journal, others: Sequence[Journal], keep: bool) -> None:
+    """Merge what `journal` tells of; `others` are the other patches of the model. Raises `ApplyError` (GP531, GP533),
+    and then nothing has changed."""
+    weights = weights_of(root, journal)
+    if not weights:
+        raise ApplyError(Diagnostic("GP531", "there is nothing to merge: this patch changes no weight"))
+    kept: list[Tensor] = []
+    done = 0
+    with _exactly(weights):
+        for weight in weights:
+            _refuse_infinite(weight)
+        with _uninterrupted():
+            try:
+                for weight in weights:
+                    if keep:
+                        kept.append(weight.tensor.to("cpu", copy=True))
+                    done += 1
+                    _merge_into(weight)
+            except BaseException as error:
+                for weight, tensor in zip(weights[:done], kept):
+                    _write(weight.tensor, tensor)
+                raise _half_way(error, weights[: 0 if keep else done]) from error
+    number = 1 + max((other.merged.number for other in others if other.merged), default=0)
+    sums = [_sum(weight.tensor) for weight in weights] if keep else []
+    places, paths = [weight.place for weight in weights], [weight.path for weight in weights]
+    journal.merged = Merged(number, places, paths, kept if keep else None, sums)
+    _show(journal, merged=True)
 
 
-_APART = "keep what is merged in a rule file of its own, and apply that as a patch by itself"
+def unmerge(
+    root: nn.Module, journal: Journal, others: Sequence[Journal], base: Callable[[Mapping[str, Tensor]], Mapping] | None
+) -> None:
+    """Give the weights back as they were: from what was kept, or from what `base` reads, which gets the weights by
+    path and gives tensors of their shapes. Raises `ApplyError` (GP532, GP534), and then nothing has changed."""
+    merged = journal.merged
+    assert merged is not None
+    _refuse_later(merged, others)
+    live = {path: _live(place) for path, place in zip(merged.paths, merged.places)}
+    with _uninterrupted():
+        if base is not None:
+            read = base(live)
+            for path, tensor in live.items():
+                _write(tensor, read[path])
+            _merge_again(root, journal, others)
+        elif merged.kept is None:
+            raise _kept_nothing()
+        else:
+            _refuse_changed(merged)
+            for tensor, before in zip(live.values(), merged.kept):
+                _write(tensor, before)
+        journal.merged = None
+        _show(journal, merged=False)
 
 
-def _mergings(change: InPlaceChange, module: nn.Module, path: str) -> Mapping[str, Merging]:
-    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
-    own = {**module._parameters, **module._buffers}
-    tensors = {name: own[name].detach() for name in change.added}  # type: ignore[union-attr]
+def bake(root: nn.Module, journal: Journal, others: Sequence[Journal]) -> None:
+    """Have the merged weights for good, with nothing left to take out. What `journal` tells of has still to be undone,
+    but for the weights. Raises `ApplyError` (GP531 to GP533), and then nothing has changed."""
+    merged = journal.merged
+    places = merged.places if merged else [weight.place for weight in weights_of(root, journal)]
+    for other in others:
+        earlier = other.merged is not None and (merged is None or other.merged.number < merged.number)
+        if earlier and _share(places, other.merged.places):  # type: ignore[union-attr]
+            raise _last_in_first_out(other, "merged earlier into the same weights, and taking it out would undo both")
+    if merged is None:
+        merge(root, journal, others, keep=False)
+    journal.merged = None
+    # Weights that a loaded adapter brought belong to the result.
+    journal.changes = [change for change in journal.changes if change.modules]
+
+
+@contextmanager
+def taken_out(journal: Journal, others: Sequence[Journal]) -> Iterator[None]:
+    """Within, the weights are what they were before the patch was merged."""
+    merged = journal.merged
+    if merged is None:
+        yield
+        return
+    _refuse_later(merged, others)
+    if merged.kept is None:
+        raise _kept_nothing()
+    _refuse_changed(merged)
+    live = [_live(place) for place in merged.places]
+    # Both have the dtype that the model has by now, so that nothing is lost in passing.
+    merged.kept[:] = [before.to(tensor.dtype) for before, tensor in zip(merged.kept, live)]
     try:
-        return change.mixin.merging(change.entry, tensors, shapes)
-    except Unmergeable as error:
-        raise _cannot(path, change, str(error), *(error.fixes or (_APART,))) from None
+        for tensor, before in zip(live, merged.kept):
+            _exchange(tensor, before)
+        yield
+    finally:
+        for tensor, before in zip(live, merged.kept):
+            _exchange(tensor, before)
 
 
-def _cannot(path: str, change: Change, why: str, *fixes: str) -> ApplyError:
-    title = f"{change.mark.op} on `{path or '^'}` cannot be merged: {why}"
-    return ApplyError(Diagnostic("GP531", title, text=(change.mark.rule,), fixes=fixes))
+# ── refusals ──
 
 
-def _owner(module: nn.Module, name: str) -> Place:
-    """The module that holds a parameter, for a name that may lead through children."""
-    above, _, leaf = name.rpartition(".")
-    return (module.get_submodule(above) if above else module), leaf
+def _refuse_later(merged: Merged, others: Sequence[Journal]) -> None:
+    """Raise where a patch that was merged later changed the same weights (GP532)."""
+    for other in others:
+        if other.merged and other.merged.number > merged.number and _share(merged.places, other.merged.places):
+            raise _last_in_first_out(other, "merged later into the same weights, and has to come out first")
 
 
-def _refuse_unfit(weight: Weight) -> None:
-    module, name = weight.place
-    tensor: Any = module._parameters.get(name)
-    hook = module.__dict__.get("_hf_hook")
-    if tensor is None:
-        how = "a parametrization computes it" if name in getattr(module, "parametrizations", ()) else "there is none"
-        raise _unfit(weight, f"it is no parameter of its module ({how})", "remove the parametrization first")
-    if tensor.is_meta and any(getattr(h, "offload", False) for h in getattr(hook, "hooks", (hook,))):
-        raise _unfit(weight, "accelerate keeps it off the model", _ON_DISK)
-    if tensor.is_meta:
-        raise _unfit(weight, "it is on the meta device, and has no values", "load the weights first", _ON_DISK)
-    if hasattr(tensor, "full_tensor"):
-        raise _unfit(weight, "it is sharded, and this rank has a part of it alone", "merge before sharding", _ON_DISK)
-    if tensor.dtype not in _FLOATS or type(tensor) not in (nn.Parameter, Tensor):
-        holds = f"{type(tensor).__name__} of {str(tensor.dtype).removeprefix('torch.')}"
-        raise _unfit(weight, f"it is quantised ({holds})", "merge into the base as it was before: " + _ON_DISK)
+def _share(one: Sequence[Place], two: Sequence[Place]) -> bool:
+    mine = {(id(module), name) for module, name in one}
+    return any((id(module), name) in mine for module, name in two)
 
 
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_ON_DISK = "graphpatch.save_adapter(patch, DIR), and on the files: graphpatch merge BASE DIR OUT"
+def _last_in_first_out(other: Journal, why: str) -> ApplyError:
+    mark = other.changes[0].mark
+    return ApplyError(
+        Diagnostic(
+            "GP532",
+            f"another patch was {why}",
+            text=(f"{mark.rule}   {mark.op}",),
+            fixes=("graphpatch.patches(model) has its handle: unmerge() or bake() that one first",),
+        )
+    )
 
 
-def _refuse_shared(root: nn.Module, weights: Any) -> None:
-    """A parameter that another module holds too, tied since the patch was applied."""
-    held: dict[int, list[str]] = {}
-    for path, module in root.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                held.setdefault(id(parameter), []).append(f"{path}.{name}".removeprefix("."))
-    for weight in weights:
-        module, name = weight.place
-        others = [path for path in held.get(id(module._parameters[name]), ()) if path != weight.path]
-        if others:
-            raise _unfit(
-                weight,
-                f"it is `{others[0]}` too, which would change with it",
-                "give it a weight of its own: module.weight = nn.Parameter(module.weight.detach().clone())",
+def _kept_nothing() -> ApplyError:
+    return ApplyError(
+        Diagnostic(
+            "GP532",
+            "this patch was merged with keep=False, so the weights as they were are not here",
+            fixes=(
+                "patch.unmerge(base=DIR) reads them from the checkpoint of the base",
+                "or patch.bake() ends the patch with the merged weights",
+            ),
+        )
+    )
+
+
+def _refuse_changed(merged: Merged) -> None:
+    for path, place, (dtype, total) in zip(merged.paths, merged.places, merged.sums):
+        now = _sum(_live(place))
+        if now[0] == dtype and now[1] != total:
+            raise ApplyError(
+                Diagnostic(
+                    "GP534",
+                    f"`{path}` was changed after the patch was merged, by training or by loading weights",
+                    text=("putting back what was there before would undo that too",),
+                    fixes=("patch.unmerge(base=DIR) takes the base's weights from a checkpoint, whatever is here now",),
+                )
             )
 
 
-def _unfit(weight: Weight, why: str, *fixes: str) -> ApplyError:
-    return ApplyError(Diagnostic("GP531", f"nothing can be merged into `{weight.path}`: {why}", fixes=fixes))
+def _refuse_infinite(weight: Weight) -> None:
+    tensor = weight.tensor
+    largest = 0.0
+    with _writable(tensor):
+        matrix = tensor.reshape(-1, weight.mergings[0].columns)
+        for start, stop in blocks(*matrix.shape):
+            low, high = torch.aminmax(matrix[start:stop])
+            largest = max(largest, -float(low), float(high)) if math.isfinite(low + high) else math.nan
+        limit = largest
+        for merging in weight.mergings:
+            limit = merging.limit(limit)
+        if limit < torch.finfo(tensor.dtype).max:
+            return
+        infinite: list[int] = []
+
+        def look(start: int, rows: Tensor) -> None:
+            if not_finite(rows.to(tensor.dtype)):
+                infinite.append(start)
+
+        _merge_rows(weight, matrix, look)
+    if infinite:
+        why = "the base has such a value already" if math.isnan(largest) else "the update does not fit its dtype"
+        raise ApplyError(
+            Diagnostic(
+                "GP533",
+                f"merged, `{weight.path}` would hold a NaN or an infinity: {why}",
+                text=(f"in rows from {infinite[0]} on, in {str(tensor.dtype).removeprefix('torch.')}",),
+                fixes=("look at the factors: patch.adapter_state_dict()", "or merge in a wider dtype: model.float()"),
+            )
+        )
+
+
+def _half_way(error: BaseException, left: Sequence[Weight]) -> BaseException:
+    if not isinstance(error, Exception):
+        return error
+    why = " ".join(str(error).split())[:300] or type(error).__name__
+    state = f"{len(left)} weights were merged before: load the base again" if left else "the weights are as they were"
+    return ApplyError(Diagnostic("GP533", f"merging failed half-way, and {state}", text=(why,)))
+
+
+# ── weights ──
+
+
+def _live(place: Place) -> Tensor:
+    return place[0]._parameters[place[1]].detach()  # type: ignore[union-attr]
+
+
+def _show(journal: Journal, merged: bool) -> None:
+    for change in journal.changes:
+        if isinstance(change, InPlaceChange):
+            change.merged = merged
+            change.show()
+
+
+def _merge_into(weight: Weight) -> None:
+    tensor = weight.tensor
+    with _writable(tensor):
+        matrix = tensor.reshape(-1, weight.mergings[0].columns)
+        _merge_rows(weight, matrix, lambda start, rows: matrix[start : start + len(rows)].copy_(rows))
+        if matrix.data_ptr() != tensor.data_ptr():  # its elements lie in another order (channels last), so it is a copy
+            tensor.copy_(matrix.view(tensor.shape))
+
+
+def _merge_rows(weight: Weight, matrix: Tensor, write: Callable[[int, Tensor], object]) -> None:
+    dtype = working_dtype(matrix.dtype)
+
+    def read(start: int, stop: int) -> Tensor:
+        return workspace("rows", stop - start, matrix.shape[1], dtype, matrix.device).copy_(matrix[start:stop])
+
+    merge_blocks(weight.mergings, list(blocks(*matrix.shape)), read, write)
+
+
+def _merge_again(root: nn.Module, journal: Journal, others: Sequence[Journal]) -> None:
+    """Patches that were merged earlier are in none of what was read: they are merged into it once more."""
+    assert journal.merged is not None
+    places = {(id(module), name) for module, name in journal.merged.places}
+    for other in sorted((o for o in others if o.merged), key=lambda o: o.merged.number):  # type: ignore[union-attr]
+        weights = [weight for weight in weights_of(root, other) if weight.key in places]
+        with _exactly(weights):
+            for weight in weights:
+                _merge_into(weight)
+
+
+def _write(tensor: Tensor, value: Tensor) -> None:
+    with _writable(tensor):
+        tensor.copy_(value)
+
+
+def _exchange(tensor: Tensor, other: Tensor) -> None:
+    with _writable(tensor):
+        for mine, theirs in zip(tensor.split(2**10), other.split(2**10)) if tensor.dim() else [(tensor, other)]:
+            before = mine.clone()
+            mine.copy_(theirs)
+            theirs.copy_(before)
+
+
+def _sum(tensor: Tensor) -> tuple[torch.dtype, int]:
+    """A checksum of the bytes, as cheap as reading them; of a tensor in any layout."""
+    with torch.no_grad():
+        data = tensor.contiguous().view(-1).view(torch.uint8)
+        if data.storage_offset() % 8:
+            data = data.clone()
+        whole = data.numel() // 8 * 8
+        return tensor.dtype, int(data[:whole].view(torch.int64).sum()) + int(data[whole:].sum())
+
+
+@contextmanager
+def _writable(tensor: Tensor) -> Iterator[None]:
+    """In-place, without a gradient; tensors that were made in inference mode can be written in it alone."""
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        yield
+
+
+def _exactly(weights: Sequence[Weight]) -> AbstractContextManager[None]:
+    return exact_arithmetic(*{weight.tensor.device.type for weight in weights})
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end: half the weights merged and half not would be a model that nobody asked for."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is None:
+        yield
+        return
+    waiting: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: waiting.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if waiting:
+            signal.raise_signal(signal.SIGINT)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from importlib import import_module
 from operator import itemgetter
+from os import PathLike
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +17,7 @@ from torch import nn
 from ..lang.diagnostics import ApplyError, Diagnostic
 from .change import FastPathChange, InPlaceChange, ModuleChange
 from .grads import restore_flags
+from .merge import bake, merge, taken_out, unmerge
 from .probe import silent_modules
 from .record import JOURNALS, Journal, journals_of, roots
 from .subclass import bypassed, is_foreign
@@ -83,13 +87,15 @@ class Patch:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Within, the model computes as if this patch were not there. Parameters stay registered and keep their flags,
-        so this also works on a model that was sharded or replicated after patching."""
+        so this also works on a model that was sharded or replicated after patching. Of a merged patch the weights
+        change places with the kept ones meanwhile; raises `ApplyError` (GP532) where none were kept."""
         self._refuse_gone()
         journal = self._journal
         if journal.disabled:
             yield
             return
         with ExitStack() as stack:
+            stack.enter_context(taken_out(journal, self._others))
             journal.disabled = True
             stack.callback(setattr, journal, "disabled", False)
             for change in reversed(journal.changes):
@@ -126,22 +132,88 @@ class Patch:
             )
         return silent
 
+    # ── into the weights, and out again ──
+    @property
+    def merged(self) -> bool:
+        """Whether what the patch does is in the weights."""
+        return self._journal.merged is not None
+
+    def merge(self, *, keep: bool = True) -> None:
+        """Put the patch's updates into the weights: the model computes the same, at the price of the base alone.
+
+        W + s B A, worked out in float32 (of a float64 base in float64) a block of rows at a time, and rounded to the
+        weight's dtype once. The weights are written in place; the factors stay, and stay what
+        `adapter_state_dict()` gives. `keep` keeps copies of the weights as they were, on the CPU, from which `unmerge`
+        is bit-identical; without, nothing is kept, and `unmerge` wants the base's checkpoint. Each patch merges by
+        itself; of several in the same weights, the last comes out first.
+
+        Raises `ApplyError`, and then nothing has changed: GP531 for an op that is no change of weights, and for weights
+        that are quantised, tied, sharded or on the meta device; GP532 where it is merged already; GP533 where a
+        weight would hold a NaN or an infinity.
+        """
+        self._refuse_off("merge")
+        if self.merged:
+            raise ApplyError(Diagnostic("GP532", "this patch is merged already", fixes=("patch.unmerge() first",)))
+        merge(self.model, self._journal, self._others, keep)
+
+    def unmerge(self, base: str | PathLike[str] | Mapping[str, torch.Tensor] | None = None) -> None:
+        """Give the weights back, bit for bit, as they were before `merge`, and compute with the factors again.
+
+        From the copies that were kept, or, with `base`, from the checkpoint the model was loaded from (a safetensors
+        file or a directory of them; also a state dict). Raises `ApplyError`, and then nothing has changed: GP532 where
+        there is nothing to take out, nothing was kept, or a later patch has to come out first; GP534 where the
+        weights were changed since; GP641 to GP643 where the checkpoint has not these weights.
+        """
+        self._refuse_off("unmerge")
+        if not self.merged:
+            raise ApplyError(Diagnostic("GP532", "this patch is not merged"))
+        read = None
+        if base is not None:
+            # As `Plan.apply` does: the room that reads files is opened only when there is one to be read.
+            read = partial(import_module("graphpatch.checkpoint.base_weights").read_weights, base)
+        unmerge(self.model, self._journal, self._others, read)
+
+    def bake(self) -> None:
+        """Merge for good: plain modules of plain classes, whose weights hold the updates, no factors and no record. The
+        `requires_grad` flags are those of before the patch, and this handle is done with. PEFT calls it
+        `merge_and_unload`.
+
+        Raises `ApplyError` as `merge` and `revert` do; then nothing has changed.
+        """
+        self._refuse_off("bake")
+        self._refuse_in_the_way()
+        bake(self.model, self._journal, self._others)
+        undo(self.model, self._journal)
+
+    @property
+    def _others(self) -> list[Journal]:
+        return [other._journal for other in patches(self.model) if other != self]
+
     # ── undo ──
     def revert(self) -> None:
         """Give the model back as it was: the same module objects, classes, attributes and `requires_grad` flags.
 
-        Weights that trained in the meantime keep their values; those that a patch kept frozen are bit-identical.
-        Patches revert in any order, unless a later one changed what this one brought in; raises `ApplyError` (GP508)
-        then, naming it, or where something done to the model since stands in the way.
+        Weights that trained in the meantime keep their values; those that a patch kept frozen are bit-identical. A
+        merged patch is unmerged first. Patches revert in any order, unless a later one changed what this one brought
+        in; raises `ApplyError` (GP508) then, naming it, or where something done to the model since stands in the way.
         """
+        self._refuse_off("revert")
+        self._refuse_in_the_way()
+        if self.merged:
+            unmerge(self.model, self._journal, self._others, None)
+        undo(self.model, self._journal)
+        self._warn_of_orphans()
+
+    def _refuse_off(self, doing: str) -> None:
         self._refuse_gone()
-        journal = self._journal
-        if journal.disabled:
-            raise ApplyError(
-                Diagnostic("GP509", "the patch is switched off: leave `with patch.disabled()` to revert it")
-            )
+        if self._journal.disabled:
+            fix = f"leave `with patch.disabled()` to {doing} it"
+            raise ApplyError(Diagnostic("GP509", f"the patch is switched off: {fix}"))
+
+    def _refuse_in_the_way(self) -> None:
+        """Raise where something done to the model since would be lost, or lost in silence."""
         self._refuse_hanging()
-        for change in journal.changes:
+        for change in self._journal.changes:
             if isinstance(change, InPlaceChange):
                 for at, module in enumerate(change.modules):
                     if is_foreign(module):
@@ -149,8 +221,6 @@ class Patch:
                     how = bypassed(module) if "forward" in module.__dict__ else None
                     if how:
                         raise self._in_the_way(change.nodes[at], f"its forward was wrapped since ({how})")
-        undo(self.model, journal)
-        self._warn_of_orphans()
 
     def _refuse_gone(self) -> None:
         if not any(journal is self._journal for journal in journals_of(self.model)):

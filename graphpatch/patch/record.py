@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..rewrites.rewrite import InPlace
 from ..tree.tree import Mark
@@ -17,6 +17,9 @@ from ..tree.tree import Mark
 if TYPE_CHECKING:
     from .change import Change
     from .grads import Flag
+
+Place = tuple[nn.Module, str]
+"""A parameter, by its module and its name there: what moves with a model, and is copied with it."""
 
 RECORD = "_graphpatch"
 """The key in a module's `__dict__`, of its `Record`."""
@@ -84,6 +87,20 @@ def put_record(module: nn.Module, record: Record) -> None:
 
 
 @dataclass(eq=False)
+class Merged:
+    """What merging a patch did to the weights."""
+
+    number: int
+    """Merges of one model count up: what was merged last comes out first."""
+    places: list[Place]
+    paths: list[str]
+    kept: list[Tensor] | None
+    """The weights as they were, on the CPU; None where nothing was kept."""
+    sums: list[tuple[Any, int]]
+    """Of the merged weights, dtype and checksum, where something was kept: are they still what they were made?"""
+
+
+@dataclass(eq=False)
 class Journal:
     """What one patch did, enough to undo it and to tell of it."""
 
@@ -96,6 +113,7 @@ class Journal:
     changes: list[Change] = field(default_factory=list)
     flags: list[Flag] = field(default_factory=list)
     disabled: bool = False
+    merged: Merged | None = None
 
     def path(self, node: int) -> str:
         parts: list[str] = []

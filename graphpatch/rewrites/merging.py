@@ -6,6 +6,7 @@ Given by an op's entry and its tensors alone, so that the same arithmetic merges
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import ClassVar, NamedTuple
@@ -77,7 +78,8 @@ class LowRank(Merging):
             first, last = max(start, row), min(stop, row + len(left))
             if first >= last:
                 continue
-            delta = left[first - row : last - row].to(rows.dtype) @ right.to(rows.dtype)
+            delta = workspace("delta", last - first, right.shape[1], rows.dtype, rows.device)
+            torch.mm(left[first - row : last - row].to(rows.dtype), right.to(rows.dtype), out=delta)
             # A step of its own, as in (B @ A) * s: scaling a factor, or a fused addition, would round otherwise.
             if self.scale != 1.0:
                 delta *= self.scale
@@ -85,7 +87,9 @@ class LowRank(Merging):
         return rows
 
     def limit(self, largest: float) -> float:
-        gains = (abs(self.scale) * left.shape[1] * _largest(left) * _largest(right) for left, right, *_ in self.products)
+        gains = (
+            abs(self.scale) * left.shape[1] * _largest(left) * _largest(right) for left, right, *_ in self.products
+        )
         return largest + sum(gains)
 
 
@@ -110,12 +114,12 @@ def merge_blocks(
     mergings: Sequence[Merging],
     spans: Sequence[tuple[int, int]],
     read: Callable[[int, int], Tensor],
-    write: Callable[[int, Tensor], None],
+    write: Callable[[int, Tensor], object],
 ) -> None:
     """Merge all of them into one parameter, one after the other without rounding in between.
 
-    `spans` are the blocks of its rows; `read(start, stop)` gives a copy of rows in `working_dtype`; `write(start, rows)`
-    gets what they become, in the same.
+    `spans` are the blocks of its rows; `read(start, stop)` gives a copy of rows in `working_dtype`, and
+    `write(start, rows)` gets what they become, in the same.
     """
 
     def after(number: int, start: int, stop: int) -> Tensor:
@@ -143,11 +147,30 @@ def exact_arithmetic(*devices: str) -> Iterator[None]:
         if precision != "highest":
             torch.set_float32_matmul_precision("highest")
             stack.callback(torch.set_float32_matmul_precision, precision)
+        stack.callback(_kept.by_kind.clear)
         yield
 
 
+class _Kept(threading.local):
+    def __init__(self) -> None:
+        self.by_kind: dict[tuple, Tensor] = {}
+
+
+_kept = _Kept()
+
+
+def workspace(name: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory for a block; the same for the same name, and gone when `exact_arithmetic` ends. To get and
+    return some for each block would take as long as to fill it."""
+    kind = (name, dtype, device, torch.is_inference_mode_enabled())
+    flat: Tensor | None = _kept.by_kind.get(kind)
+    if flat is None or flat.numel() < rows * columns:
+        flat = _kept.by_kind[kind] = torch.empty(rows * columns, dtype=dtype, device=device)
+    return flat[: rows * columns].view(rows, columns)
+
+
 def not_finite(tensor: Tensor) -> bool:
-    """Whether there is a NaN or an infinity in it. The extremes tell, at a hundredth of the price of looking at each."""
+    """Whether there is a NaN or an infinity in it. The extremes tell, at a hundredth of what looking at each costs."""
     if not tensor.numel():
         return False
     low, high = torch.aminmax(tensor)

@@ -69,7 +69,6 @@ def test_block_by_block_is_the_whole_matrix_bit_for_bit(dtype, out, in_, rank):
     whole = (w.float() + (b @ a) * 0.7).to(dtype)
     merging = LowRank.of(b, a, 0.7)
 
-
     def read(start, stop):
         return w[start:stop].to(working_dtype(dtype), copy=True)
 

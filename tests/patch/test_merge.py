@@ -180,7 +180,7 @@ def test_a_base_that_does_not_fit_changes_nothing():
     model, made = patched()
     made.merge(keep=False)
     merged = weights(model)
-    for base in ({}, lm(hidden=8).state_dict(), {k: 3 for k in lm().state_dict()}):
+    for base in ({}, lm(hidden=8).state_dict(), dict.fromkeys(lm().state_dict(), 3)):
         with pytest.raises(graphpatch.Error) as caught:
             made.unmerge(base)
         assert caught.value.code.startswith("GP64")

@@ -48,6 +48,7 @@ _MEANINGS = {
     "GP424": "an op changes a weight that another module shares, and would change one use of it alone",
     "GP503": "the target's forward is never called, so a change there would do nothing",
     "GP631": "there is no adapter, or none that a reader could open",
+    "GP641": "the files of the base cannot be read",
     "GP633": "a reader refuses the adapter, or misreads it",
 }
 """For codes whose titles are put together elsewhere."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,9 @@ class RowsToLengths(Merging):
         lengths = self.magnitude[start : start + len(rows)].to(rows.dtype)
         return rows.mul_(gain(lengths, torch.linalg.vector_norm(rows, dim=1))[:, None])
 
+    def limit(self, largest: float) -> float:
+        return _longest(self, largest)
+
 
 class ColumnsToLengths(Merging):
     """The same for a weight that is stored (in, out): a column's length is known when all rows were seen."""
@@ -53,8 +58,18 @@ class ColumnsToLengths(Merging):
         self._squares: Tensor | float = 0.0
 
     def look(self, rows: Tensor, start: int) -> None:
-        self._squares = self._squares + self.gained.rows(rows, start).square().sum(0)
+        before = self._squares if start else 0.0
+        self._squares = before + self.gained.rows(rows, start).square().sum(0)
 
     def rows(self, rows: Tensor, start: int) -> Tensor:
         norms = torch.as_tensor(self._squares).sqrt()
         return self.gained.rows(rows, start).mul_(gain(self.magnitude.to(rows.dtype), norms.to(rows.dtype)))
+
+    def limit(self, largest: float) -> float:
+        return _longest(self, largest)
+
+
+def _longest(merging: RowsToLengths | ColumnsToLengths, largest: float) -> float:
+    """No element is larger than what it is part of is long (the sums are rounded)."""
+    gained = merging.gained.limit(largest)
+    return 1.01 * float(merging.magnitude.abs().max()) if math.isfinite(gained) else gained

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import graphpatch
 from tests.patch.common import LORA, patch, randomise, state
@@ -506,3 +507,21 @@ def test_a_large_model_of_few_kinds():
     want = (head.weight.float() + (head.lora_B @ head.lora_A) * 2).bfloat16()
     made.merge()
     assert torch.equal(head.weight, want)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("kind", ["linear", "Conv1D", "embedding"])
+def test_dora_is_merged_exactly_however_often_it_is_looked_at(kind, keep):
+    torch.manual_seed(0)
+    module, batch = {
+        "linear": (nn.Linear(6, 10), torch.randn(3, 6)),
+        "Conv1D": (Conv1D(10, 6), torch.randn(3, 6)),
+        "embedding": (nn.Embedding(10, 6), torch.arange(10)),
+    }[kind]
+    model, made = patched(nn.Sequential(module), "patch ^0 with lora(rank=2, dora=true)\nfreeze ** except @new")
+    before, out = module.weight.clone(), model(batch)
+    made.merge(keep=keep)
+    torch.testing.assert_close(model(batch), out)
+    if keep:
+        made.unmerge()
+        assert torch.equal(module.weight, before)

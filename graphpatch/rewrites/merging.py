@@ -39,8 +39,8 @@ class Merging:
     """Whether it must have seen all rows before it can say what one becomes (a norm over columns)."""
 
     def look(self, rows: Tensor, start: int) -> None:
-        """See the rows from `start` on, as `rows` gets them. Called for all of them first, in order, where `looks`; from
-        the first row on, it begins anew."""
+        """See the rows from `start` on, as `rows` gets them. Called for all of them first, in order, where `looks`;
+        from the first row on it begins anew."""
 
     def rows(self, rows: Tensor, start: int) -> Tensor:
         """What the rows (n x columns) from `start` on become. They are a copy, in float32, of a float64 base in

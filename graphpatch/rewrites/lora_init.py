@@ -35,7 +35,8 @@ def pissa(a: Tensor, b: Tensor, scale: float, weight: Callable[[], Tensor], iter
     if iterations is None:
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     else:
-        left, values, basis = torch.svd_lowrank(matrix, q=rank, niter=iterations)
+        # A few directions more than are kept, section 4.2 there.
+        left, values, basis = torch.svd_lowrank(matrix, q=min(rank + 8, *matrix.shape), niter=iterations)
         right = basis.mT
     root = (values[:rank] / scale).sqrt()
     a.copy_(root[:, None] * right[:rank])

@@ -46,6 +46,8 @@ _MEANINGS = {
     "GP404": "an index is out of range",
     "GP410": "an op refuses a target, and says why",
     "GP424": "an op changes a weight that another module shares, and would change one use of it alone",
+    "GP545": "the model has no adapter of this name",
+    "GP547": "adapters cannot be chosen for each sample: a module cannot tell the samples of a batch apart",
     "GP503": "the target's forward is never called, so a change there would do nothing",
     "GP631": "there is no adapter, or none that a reader could open",
     "GP641": "the files of the base cannot be read",

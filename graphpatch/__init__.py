@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .ops.op import Op as Op
     from .ops.registry import accept as accept
     from .ops.registry import register as register
+    from .patch.adapters import Adapters as Adapters
+    from .patch.adapters import adapters as adapters
     from .patch.apply import apply as apply
     from .patch.patch import Patch as Patch
     from .patch.patch import patches as patches
@@ -33,6 +35,7 @@ __version__ = "0.1.0"
 
 # Loaded when first used: reading rules and trees needs no torch.
 _HOME = {
+    "Adapters": "patch.adapters",
     "ApplyError": "lang.diagnostics",
     "Diagnostic": "lang.diagnostics",
     "Error": "lang.diagnostics",
@@ -44,6 +47,7 @@ _HOME = {
     "RuleSet": "plan.ruleset",
     "Tree": "tree.tree",
     "accept": "ops.registry",
+    "adapters": "patch.adapters",
     "apply": "patch.apply",
     "explain": "plan.explain",
     "load": "plan.ruleset",

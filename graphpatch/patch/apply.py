@@ -14,14 +14,14 @@ from torch import nn
 from ..lang.diagnostics import ApplyError, Diagnostic, Error
 from ..tree.collection import no_collection
 from ..tree.tree import Tree
-from .change import ModuleChange
+from .change import Change, InPlaceChange, ModuleChange
 from .drift import bind, unwrapped
 from .grads import set_flags, set_single_flags
 from .imports import brief
-from .patch import Patch, undo
+from .patch import Patch, adapter_changes, patches, undo
 from .preflight import Preflight
 from .record import JOURNALS, Journal, journals_of
-from .refuse import refuse_distributed
+from .refuse import refuse_distributed, refuse_selected
 
 if TYPE_CHECKING:
     from ..plan.plan import Plan
@@ -87,8 +87,11 @@ def _carry_out(
 ) -> Patch:
     root = unwrapped(model)
     nodes = [node for step in plan.steps for node in step.nodes]
+    refuse_selected(model)
     refuse_distributed(model, tree, nodes)
     changes = Preflight(plan.id, tree, plan.grads, allow_import, fresh, initialise).changes(plan.steps)
+
+    _join(changes, root)
 
     journal = Journal(plan.id, plan.record, tree.names, tree.parents)
     try:
@@ -118,6 +121,15 @@ def _carry_out(
             )
         ) from error
     return Patch(root, journal)
+
+
+def _join(changes: Sequence[Change], root: nn.Module) -> None:
+    """What adds to an adapter that is there is active, and weighted, as that is."""
+    there = {change.entry.adapter: change for patch in patches(root) for change in adapter_changes(patch._journal)}
+    for change in changes if there else ():
+        if isinstance(change, InPlaceChange) and hasattr(change.entry, "adapter") and change.entry.adapter in there:
+            known = there[change.entry.adapter]
+            change.active, change.weight = known.active, known.weight
 
 
 def _freeze_anew(plan: Plan, tree: Tree, root: nn.Module, journal: Journal) -> None:

@@ -164,7 +164,12 @@ class InPlaceChange:
     @property
     def weighted(self) -> Any:
         """The entry, with its weight; None where it is not active."""
-        if not self.active:
+        return self.when_active if self.active else None
+
+    @property
+    def when_active(self) -> Any:
+        """The same as if it were active; None where its weight is 0."""
+        if self.weight == 0.0:
             return None
         return self.entry if self.weight == 1.0 else self.mixin.weighted(self.entry, self.weight)
 

@@ -9,7 +9,7 @@ from torch import nn
 from ..lang.diagnostics import ApplyError, Diagnostic
 from ..plan.freeze import TRAIN, Grads
 from ..tree.tree import Tree
-from .record import RECORD, Journal
+from .record import Journal
 
 Flag = tuple[nn.Module, str, bool]
 """A parameter, by its module and name there, and whether it required grad before."""
@@ -18,7 +18,8 @@ Flag = tuple[nn.Module, str, bool]
 def set_flags(tree: Tree, grads: Grads, flags: list[Flag], added: Mapping[int, Collection[str]] | None = None) -> None:
     """Set `requires_grad` as `grads` says of whole modules, and journal in `flags` what each was.
 
-    `added` names the new parameters by node; None where the records of the modules tell them.
+    `added` names the new parameters by node; None before there are any. What earlier patches added is not new: it is
+    frozen as the base is.
     """
     assert tree.modules is not None
     of_added, each, nothing = grads.added, grads.each, frozenset[str]()
@@ -27,11 +28,7 @@ def set_flags(tree: Tree, grads: Grads, flags: list[Flag], added: Mapping[int, C
         held = own["_parameters"]
         if not held:
             continue
-        new = nothing
-        if added is not None:
-            new = frozenset(added.get(node, ()))
-        elif RECORD in own:
-            new = own[RECORD].added
+        new = nothing if added is None else frozenset(added.get(node, ()))
         for name, parameter in held.items():
             state = of_added[node] if name in new else want
             if not state or parameter is None or (each and (node, name) in each):
@@ -87,3 +84,10 @@ def restore_flags(journal: Journal, later: Iterable[Journal]) -> None:
         parameter = module.__dict__["_parameters"].get(name)
         if parameter is not None and (id(module), name) in waiting:
             parameter.requires_grad = before
+
+
+def forget_gone(journals: Iterable[Journal]) -> None:
+    """Drop notes on parameters that are there no longer: another adapter may get the same name."""
+    for journal in journals:
+        if any(name not in module.__dict__["_parameters"] for module, name, _ in journal.flags):
+            journal.flags = [flag for flag in journal.flags if flag[1] in flag[0].__dict__["_parameters"]]

@@ -16,10 +16,11 @@ from torch import nn
 
 from ..lang.diagnostics import ApplyError, Diagnostic
 from .change import FastPathChange, InPlaceChange, ModuleChange
-from .grads import restore_flags
+from .grads import forget_gone, restore_flags
 from .merge import bake, merge, taken_out, unmerge
 from .probe import silent_modules
 from .record import JOURNALS, Journal, journals_of, roots
+from .refuse import refuse_selected
 from .subclass import bypassed, is_foreign
 
 
@@ -90,6 +91,7 @@ class Patch:
         so this also works on a model that was sharded or replicated after patching. Of a merged patch the weights
         change places with the kept ones meanwhile; raises `ApplyError` (GP532) where none were kept."""
         self._refuse_gone()
+        refuse_selected(self.model)
         journal = self._journal
         if journal.disabled:
             yield
@@ -206,6 +208,7 @@ class Patch:
 
     def _refuse_off(self, doing: str) -> None:
         self._refuse_gone()
+        refuse_selected(self.model)
         if self._journal.disabled:
             fix = f"leave `with patch.disabled()` to {doing} it"
             raise ApplyError(Diagnostic("GP509", f"the patch is switched off: {fix}"))
@@ -303,6 +306,13 @@ def patches(model: nn.Module) -> list[Patch]:
     return [Patch(root, journal) for root in roots(model) for journal in journals_of(root)]
 
 
+def adapter_changes(journal: Journal) -> Iterator[InPlaceChange]:
+    """Those that add to an adapter, as an entry with a field `adapter` does, which is its name."""
+    for change in journal.changes:
+        if isinstance(change, InPlaceChange) and hasattr(change.entry, "adapter"):
+            yield change
+
+
 def undo(root: nn.Module, journal: Journal) -> None:
     """Take back what `journal` tells of, be it complete or not."""
     kept = journals_of(root)
@@ -311,6 +321,7 @@ def undo(root: nn.Module, journal: Journal) -> None:
     at = next((i for i, other in enumerate(kept) if other is journal), len(kept))
     restore_flags(journal, kept[at + 1 :])
     kept = [other for other in kept if other is not journal]
+    forget_gone(kept)
     if kept:
         root.__dict__[JOURNALS] = kept
     else:

@@ -25,6 +25,8 @@ RECORD = "_graphpatch"
 """The key in a module's `__dict__`, of its `Record`."""
 JOURNALS = "_graphpatch_journals"
 """The same on the root, of the list of journals, the oldest first."""
+SELECTED = "_graphpatch_selected"
+"""The same, there while each sample of a batch has an adapter of its own."""
 
 
 class Held(NamedTuple):

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..lang.diagnostics import ApplyError, Diagnostic
 from ..tree.tree import Tree
+from .record import SELECTED, roots
 from .subclass import bypassed, is_foreign
 
 _REPLICATED = {"DistributedDataParallel", "DataParallel"}
@@ -103,5 +104,17 @@ def refuse_offloaded(module: nn.Module, path: str, rule: str) -> None:
                     "its hook fetches the weights that were there when the model was dispatched, and no others",
                 ),
                 fixes=("patch before dispatch_model, or load with a device_map that offloads nothing here",),
+            )
+        )
+
+
+def refuse_selected(model: nn.Module) -> None:
+    """Raise `ApplyError` (GP549) within `per_sample`, where nothing else may change."""
+    if any(SELECTED in root.__dict__ for root in roots(model)):
+        raise ApplyError(
+            Diagnostic(
+                "GP549",
+                "adapters are chosen for each sample here, and nothing else can change meanwhile",
+                fixes=("leave `with adapters(model).per_sample(...)` first",),
             )
         )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..lang.diagnostics import Diagnostic, PlanError
 from ..tree.tree import Tensor, Tree
 from .expect import reach_all
-from .freeze import Grads, decide, freeze_scope
+from .freeze import Grads, added_by, decide, freeze_scope
 from .rules import match_rules, rules_in_force
 from .scope import World
 
@@ -33,10 +33,12 @@ def refreeze(plan: Plan, model: torch.nn.Module) -> NewTree | None:
     assert plan.tree.modules is not None, "a plan is bound to a model before it is applied"
     tree = Tree.of(model, as_patched=True)
     assert tree.modules is not None
+    adds = added_by(plan.steps)
     old = {
-        id(module._parameters[name])
+        id(parameter)
         for node, module in enumerate(plan.tree.modules)
-        for name in plan.tree.signature(node).parameters
+        for name, parameter in module._parameters.items()
+        if name not in adds.get(node, ())
     }
     added: dict[int, dict[str, Tensor]] = {}
     for node, module in enumerate(tree.modules):

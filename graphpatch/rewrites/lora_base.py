@@ -25,6 +25,8 @@ class Adapter(NamedTuple):
     dropout: float
     init: str
     text: str
+    adapter: str | None = None
+    """Its name."""
     plain: bool = True
     """Whether all it adds is s B A z: none of what follows is there."""
     bias: str = ""
@@ -61,6 +63,7 @@ class LoraModule(InPlace):
 
     level: ClassVar[int] = Lora.level
     entries: ClassVar[str] = "_lora"
+    by_row: ClassVar[bool] = True
     _lora: tuple[Adapter, ...] = ()  # of an instance that somebody makes of the generated class: it is a base
 
     @classmethod
@@ -72,12 +75,17 @@ class LoraModule(InPlace):
             lora.dropout,
             lora.init,
             lora.text(),
+            lora.adapter,
             plain=not (lora.bias or lora.dora or lora.started),
             bias=lora.key("lora_B_bias") if lora.bias else "",
             magnitude=lora.key("lora_magnitude") if lora.dora else "",
             started=lora.started,
             iterations=lora.iterations,
         )
+
+    @classmethod
+    def weighted(cls, entry: Adapter, weight: float) -> Adapter:
+        return entry._replace(scale=entry.scale * weight)
 
     @classmethod
     def initialise(cls, entry: Adapter, tensors: Mapping[str, Tensor], module: nn.Module) -> None:

@@ -31,6 +31,8 @@ class InPlace(_Module):
     level: ClassVar[int] = 0
     """The op's level: mixins are sorted by it, the lowest next to the base class."""
     entries: ClassVar[str]
+    by_row: ClassVar[bool] = False
+    """Of a mixin of adapters: whether `_addend(entry, input, output)` gives what one adds for some rows alone."""
 
     @classmethod
     def entry(cls, op: Op, parameter: str | None = None) -> Any:

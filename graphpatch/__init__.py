@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoint.load import load_adapter as load_adapter
     from .checkpoint.load import load_weights as load_weights
+    from .checkpoint.peft.export import to_peft as to_peft
+    from .checkpoint.peft.load import load_peft as load_peft
+    from .checkpoint.peft.rules import from_peft as from_peft
     from .checkpoint.save import save_adapter as save_adapter
     from .lang.diagnostics import ApplyError as ApplyError
     from .lang.diagnostics import Diagnostic as Diagnostic
@@ -50,14 +53,17 @@ _HOME = {
     "adapters": "patch.adapters",
     "apply": "patch.apply",
     "explain": "plan.explain",
+    "from_peft": "checkpoint.peft.rules",
     "load": "plan.ruleset",
     "load_adapter": "checkpoint.load",
+    "load_peft": "checkpoint.peft.load",
     "load_weights": "checkpoint.load",
     "parse": "plan.ruleset",
     "patches": "patch.patch",
     "register": "ops.registry",
     "save_adapter": "checkpoint.save",
     "select": "plan.select",
+    "to_peft": "checkpoint.peft.export",
     "walk": "patch.walk",
 }
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -16,20 +14,18 @@ from ..patch.apply import apply_plan
 from ..patch.drift import unwrapped
 from ..patch.patch import Patch, patches
 from ..plan.plan import Plan
-from ..tree.tree import Mark, Tensor, Tree
+from ..tree.tree import Tensor, Tree
 from .base import check_base
+from .fill import fill, random_state_kept, warn_of_moved
 from .manifest import Manifest
-from .moved import MovedWeights
 from .save import unmarked
 from .saved import Saved
 from .tensors import (
     Named,
-    added_tensors,
     base_place,
     check,
     journal_of,
     on_meta,
-    put,
     tensor_at,
 )
 
@@ -71,17 +67,17 @@ def load_adapter(
     here = [patch for patch in patches(root) if patch.model is root]
     same = next((patch for patch in here if _is_of(patch, saved.manifest, name)), None)
     if same is not None:
-        _fill(same, tensors, saved.folder)
+        fill(same, tensors, saved.folder)
         return same
     plan = recorded if name == saved.manifest.adapter and not tree.marks else saved.plan(tree, name, allow_import)
     _check_plan(plan, tensors, saved)
     moved = [key for key in saved.manifest.tensors.base if key in tensors]
     if here and moved:
-        _warn_of_moved(saved.folder, moved)
-    with _random_state_kept(root):
+        warn_of_moved(saved.folder, moved)
+    with random_state_kept(root):
         patch = apply_plan(plan, model, initialise=False)
     try:
-        _fill(patch, tensors, saved.folder, remember=moved)
+        fill(patch, tensors, saved.folder, remember=moved)
     except BaseException:
         patch.revert()
         raise
@@ -100,7 +96,7 @@ def load_weights(patch: Patch, source: str | PathLike[str] | Mapping[str, torch.
     """
     journal_of(patch)
     if isinstance(source, Mapping):
-        _fill(patch, dict(source), "the state dict")
+        fill(patch, dict(source), "the state dict")
         return
     saved = Saved.read(source)
     name = patch.record["adapter"]
@@ -108,7 +104,7 @@ def load_weights(patch: Patch, source: str | PathLike[str] | Mapping[str, torch.
     if name != saved.manifest.adapter and patch.record["rules"] == saved.manifest.rules:
         clean = unmarked(Tree.of(patch.model))
         tensors = _renamed(saved, saved.plan(clean, saved.manifest.adapter, ()), clean, name)
-    _fill(patch, tensors, saved.folder)
+    fill(patch, tensors, saved.folder)
 
 
 def _is_of(patch: Patch, manifest: Manifest, adapter: str | None) -> bool:
@@ -157,42 +153,3 @@ def _check_plan(plan: Plan, tensors: Named, saved: Saved) -> None:
             weight = next(iter(tree.modules[node].parameters()), None) if tree.modules else None
             if weight is not None and weight.is_meta:
                 raise on_meta(f"{tree.paths[node]}.{next(iter(step.adds))}")
-
-
-def _fill(patch: Patch, tensors: Named, what: str, remember: Sequence[str] = ()) -> None:
-    """Put the tensors into the patched model. What `remember` names is noted, and given back by `revert()`."""
-    targets = added_tensors(patch)
-    places = {}
-    tree = Tree.of(patch.model) if any(key not in targets for key in tensors) else None
-    for key in tensors:
-        place = base_place(tree, key) if tree is not None and key not in targets else None
-        if place is not None:
-            places[key] = place
-    base = {key: tensor_at(place) for key, place in places.items()}
-    check(tensors, {**targets, **base}, what)
-    originals = {key: base[key].clone() for key in remember}  # type: ignore[union-attr]
-    put(tensors, {**targets, **base})
-    if originals:
-        journal = journal_of(patch)
-        mark = Mark(patch.id, what, "load_adapter", frozenset())
-        journal.changes.append(MovedWeights(mark, {key: places[key] for key in originals}, originals))
-
-
-def _warn_of_moved(folder: str, moved: Sequence[str]) -> None:
-    shown = ", ".join(moved[:4]) + (", ..." if len(moved) > 4 else "")
-    diagnostic = Diagnostic(
-        "GP620",
-        f"{folder} brings weights of the base, and other patches on this model rest on those that are there",
-        text=(shown,),
-        fixes=("`freeze ** except @new` makes adapters that stand beside each other",),
-        severity="warning",
-    )
-    warnings.warn(diagnostic.render(), stacklevel=3)
-
-
-@contextmanager
-def _random_state_kept(model: nn.Module) -> Iterator[None]:
-    """New factors are drawn, and then replaced: a training run that goes on shall not notice."""
-    cuda = {p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None}
-    with torch.random.fork_rng(sorted(cuda)):
-        yield

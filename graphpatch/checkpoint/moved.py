@@ -9,8 +9,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from ..patch.patch import Patch
 from ..tree.tree import Mark
-from .tensors import Place, tensor_at
+from .tensors import Place, journal_of, tensor_at
+
+
+def brought(patch: Patch) -> frozenset[str]:
+    """The names of the base weights that came with a loaded adapter."""
+    changes = journal_of(patch).changes
+    return frozenset(key for change in changes if isinstance(change, MovedWeights) for key in change.places)
 
 
 @dataclass(eq=False)

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
-from shutil import rmtree
 from typing import NamedTuple
 
 import torch
@@ -21,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..lang.diagnostics import Diagnostic, Error
+from .disk import locked, sync, workshop
 from .manifest import Manifest
 
 JSON, TENSORS = "adapter.json", "adapter.safetensors"
@@ -45,7 +44,7 @@ def write_pair(folder: Path, tensors: Mapping[str, torch.Tensor], manifest: Call
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
+        with locked(folder):
             _replace(folder, tensors, manifest)
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or " ".join(str(error).split())[:300] or type(error).__name__
@@ -55,75 +54,36 @@ def write_pair(folder: Path, tensors: Mapping[str, torch.Tensor], manifest: Call
 
 
 def _replace(folder: Path, tensors: Mapping[str, torch.Tensor], manifest: Callable[[str], Manifest]) -> None:
-    with _workshop(folder / _WORKSHOP) as workshop:
-        new_tensors, new_json = workshop / TENSORS, workshop / JSON
+    with workshop(folder / _WORKSHOP) as made:
+        new_tensors, new_json = made / TENSORS, made / JSON
         new_json.touch()
         # One entry of metadata: the library writes several in an order that changes from run to run.
         save_file(dict(tensors), new_tensors, metadata={"format": "pt"})
         new_tensors.chmod(new_json.stat().st_mode)  # the library makes files that nobody else may read
-        _sync(new_tensors)
+        sync(new_tensors)
         digest = _digest(new_tensors)
         new_json.write_text(manifest(digest).to_json(), encoding="utf-8", newline="\n")
-        _sync(new_json)
+        sync(new_json)
         pending = _pending(folder, digest)
         known = pending.exists()  # a save of the same bytes was killed, and its json may count already
         os.replace(new_tensors, pending)
         try:
-            _sync(folder)
+            sync(folder)
             os.replace(new_json, folder / JSON)
         except BaseException:
             if not known:
                 pending.unlink(missing_ok=True)
             raise
-    _sync(folder)
+    sync(folder)
     os.replace(pending, folder / TENSORS)
-    _sync(folder)
+    sync(folder)
     for file in folder.iterdir():  # what earlier saves left, killed between the two renames
         if _PENDING.fullmatch(file.name):
             file.unlink(missing_ok=True)
 
 
-@contextmanager
-def _workshop(path: Path) -> Iterator[Path]:
-    """An empty folder for what is half done, on the same disk; a killed save's is cleared away by the next."""
-    rmtree(path, ignore_errors=True)
-    path.mkdir()
-    try:
-        yield path
-    finally:
-        rmtree(path, ignore_errors=True)
-
-
 def _pending(folder: Path, digest: str) -> Path:
     return folder / f"adapter-{digest[:16]}.safetensors"
-
-
-def _sync(path: Path) -> None:
-    """Have a file's content, or a folder's names, on the disk before anything later."""
-    if os.name == "nt" and path.is_dir():
-        return
-    number = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One writer at a time (all ranks of a job may save), where the system has locks; a killed one's is released."""
-    try:
-        from fcntl import LOCK_EX, flock
-    except ImportError:
-        yield
-        return
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network file systems have none
-            flock(number, LOCK_EX)
-        yield
-    finally:
-        os.close(number)
 
 
 # ── reading ──

@@ -17,6 +17,7 @@ from ..tree.compress import compress
 from ..tree.tree import Tree
 from .base import weights_hash
 from .manifest import FORMAT, Base, Change, Manifest, Tensors
+from .moved import brought
 from .pair import write_pair
 from .tensors import added_tensors, content_hash, copied_out, journal_of, moved_tensors
 
@@ -36,7 +37,7 @@ def save_adapter(patch: Patch, directory: str | PathLike[str], *, hash_base: boo
     journal_of(patch)
     plan = original_plan(patch)
     added = added_tensors(patch)
-    moved = moved_tensors(plan, patch.model, added)
+    moved = moved_tensors(plan, patch.model, added, brought(patch))
     tensors = copied_out({**added, **moved})
     tree = plan.tree
     base = Base(

@@ -59,11 +59,12 @@ def added_tensors(patch: Patch) -> Named:
     return found
 
 
-def moved_tensors(plan: Plan, model: nn.Module, taken: Collection[str]) -> Named:
+def moved_tensors(plan: Plan, model: nn.Module, taken: Collection[str], brought: Collection[str] = ()) -> Named:
     """What of the base is not what it was, live, by the first path it has in the unpatched model, as a selector
     (`^norm.weight`) where that name is `taken`: a wrapper may have a `weight` beside that of what it wraps.
 
-    That is every parameter that the plan's rules train, or that requires grad now, and running statistics.
+    That is every parameter that the plan's rules train, or that requires grad now, running statistics, and what was
+    `brought` by a file.
     """
 
     def add(node: int, name: str, tensor: torch.Tensor) -> None:
@@ -79,11 +80,12 @@ def moved_tensors(plan: Plan, model: nn.Module, taken: Collection[str]) -> Named
             if parameter is None or id(parameter) not in live or (node, name) in tree.first_of:
                 continue
             asked = plan.grads is not None and plan.grads.of((node, name), new=False) == TRAIN
-            if asked or parameter.requires_grad:
+            if asked or parameter.requires_grad or _key(tree, node, name) in brought:
                 add(node, name, parameter)
-        if isinstance(module, _NormBase) and module.track_running_stats and id(module) in live:
+        runs = isinstance(module, _NormBase) and module.track_running_stats
+        if id(module) in live and (runs or brought):
             for name, buffer in module._buffers.items():
-                if buffer is not None:
+                if buffer is not None and (runs or _key(tree, node, name) in brought):
                     add(node, name, buffer)
     return found
 

@@ -1,0 +1,83 @@
+"""How the same factors lie in PEFT's file and here: equal for linears, embeddings and plain convolutions.
+
+- A convolution with groups: A here has the groups of the base, and one of PEFT sees all channels, so it is filled up
+  with zeros, and back.
+- Experts: here (experts, rank, in) and (experts, out, rank); PEFT has A as (experts * rank, in), the expert slowest,
+  and B as (out, rank * experts), the expert fastest (peft 0.21, lora/layer.py, `ParamWrapper.get_delta_weight`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ...lang.diagnostics import Diagnostic, Error
+from .keys import Adapted
+
+Named = dict[str, torch.Tensor]
+
+
+def ours(one: Adapted, theirs: Mapping[str, torch.Tensor]) -> Named:
+    """PEFT's tensors of one target in our layout, by the names of what the op adds."""
+    found = dict(theirs)
+    if one.kind == "experts":
+        for name, tensor in theirs.items():
+            if len(one.shapes[name]) == 3 and tensor.dim() == 2:
+                found[name] = _unstacked(tensor, one.shapes[name], name)
+    elif _groups(one) > 1 and "lora_A" in found:
+        found["lora_A"] = _collapsed(one, found["lora_A"])
+    return found
+
+
+def theirs(one: Adapted, ours: Mapping[str, torch.Tensor]) -> Named:
+    """The inverse of `ours`."""
+    found = dict(ours)
+    if one.kind == "experts":
+        for name, tensor in ours.items():
+            if tensor.dim() == 3:
+                found[name] = tensor.flatten(0, 1) if name == "lora_A" else tensor.permute(1, 2, 0).flatten(1)
+    elif _groups(one) > 1 and "lora_A" in found:
+        found["lora_A"] = _expanded(found["lora_A"], _groups(one))
+    return found
+
+
+def _unstacked(tensor: torch.Tensor, shape: tuple[int, ...], name: str) -> torch.Tensor:
+    if tensor.numel() != shape[0] * shape[1] * shape[2]:
+        return tensor  # of another size, which is told of elsewhere
+    if name == "lora_A":
+        return tensor.reshape(shape)
+    experts, out, rank = shape
+    return tensor.reshape(out, rank, experts).permute(2, 0, 1)
+
+
+def _groups(one: Adapted) -> int:
+    groups = one.signature.attributes.get("groups") if one.kind == "convolution" else 1
+    return groups if isinstance(groups, int) else 1
+
+
+def _expanded(a: torch.Tensor, groups: int) -> torch.Tensor:
+    """(rank, in / groups, ...) to (rank, in, ...): each group's rows see that group's channels."""
+    rank, width = a.shape[0] // groups, a.shape[1]
+    wide = a.new_zeros(a.shape[0], width * groups, *a.shape[2:])
+    for group in range(groups):
+        rows = slice(group * rank, (group + 1) * rank)
+        wide[rows, group * width : (group + 1) * width] = a[rows]
+    return wide
+
+
+def _collapsed(one: Adapted, wide: torch.Tensor) -> torch.Tensor:
+    groups, shape = _groups(one), one.shapes["lora_A"]
+    if tuple(wide.shape) != (shape[0], shape[1] * groups, *shape[2:]):
+        return wide  # of another shape, which is told of elsewhere
+    rank, width = shape[0] // groups, shape[1]
+    a = torch.cat([wide[g * rank : (g + 1) * rank, g * width : (g + 1) * width] for g in range(groups)])
+    if not torch.equal(_expanded(a, groups), wide):
+        raise Error(
+            Diagnostic(
+                "GP624",
+                f"`{one.name}` has {groups} groups, and its adapter mixes them",
+                text=("PEFT's A sees the channels of all groups, which no update of this weight can",),
+            )
+        )
+    return a

@@ -1,0 +1,235 @@
+"""`ModelTransform`: rules applied by a Lightning callback, at the one moment that is right for every strategy."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from hashlib import blake2b
+from os import PathLike
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_only
+from torch import nn
+
+from ..patch.apply import apply_plan
+from ..patch.patch import Patch, patches
+from ..plan.plan import Plan
+from ..plan.ruleset import RuleSet, load
+from . import checks
+from .base import Base, load_base
+from .contents import keep_what_changes
+from .problem import refusal
+from .random_state import Randomness
+
+Rules = str | PathLike[str] | RuleSet | Callable[[nn.Module], Any]
+
+_MARK = "_graphpatch_transforms"
+"""In a module's `__dict__`: by the identity of a transform, the id of its patch (None where it left none)."""
+_log = logging.getLogger("graphpatch")
+
+
+class ModelTransform(pl.Callback):
+    """Transforms the model when fit, validate, test or predict starts: once, and before anything depends on its shape.
+
+    That is after the base's weights were loaded, by `base_checkpoint` or by the module itself in `__init__`, `setup` or
+    `configure_model`, and before the strategy wraps or shards it, a checkpoint is restored, and the optimizer is made.
+    From then on the checkpoints of the module hold what is trained, and not the base.
+
+    >>> lora = LoRA(target_modules=["linear_qkv", "linear_proj"], dim=32)
+    >>> trainer = Trainer(callbacks=[ModelTransform("lora.rules", params={"rank": 32})])
+
+    `rules`: a file, a packaged name, a `RuleSet`, or any function that takes the model and changes it. None takes the
+    module's attribute `model_transform`, as NeMo has it; if both are there they must mean the same, and act once.
+    `params`: values of the file's params. `adapter`: the name of the adapter that it adds. `base_checkpoint`: weights
+    to load first, a directory or file of safetensors, a Lightning or torch checkpoint, or a function that takes the
+    module. `allow_import`: as for `graphpatch.apply`.
+
+    A frozen module's dropout and batch norm behave as its mode says: `model.eval()` before fit is kept by Lightning,
+    and only where it was called.
+    """
+
+    def __init__(
+        self,
+        rules: Rules | None = None,
+        params: dict[str, Any] | None = None,
+        base_checkpoint: Base | None = None,
+        adapter: str | None = None,
+        *,
+        allow_import: str | Sequence[str] = (),
+    ):
+        self.rules, self.params, self.adapter = rules, dict(params or {}), adapter
+        self.base_checkpoint, self.allow_import = base_checkpoint, allow_import
+        self._plan_text = ""
+
+    @property
+    def state_key(self) -> str:
+        return f"graphpatch.{type(self).__name__}" + (f".{self.adapter}" if self.adapter else "")
+
+    # ── what it does to a model ──
+    def __call__(self, model: nn.Module) -> nn.Module:
+        """Transform `model` now, if this transform has not yet; what NeMo's users call in `configure_model`, where that
+        goes on to shard the model. Returns the model."""
+        identity = self.identity()
+        if identity not in _applied(model):
+            if self.base_checkpoint is not None:
+                load_base(model, self.base_checkpoint)
+            patch = self.apply(model)
+            mark(model, identity, patch)
+        return model
+
+    def plan(self, model: nn.Module) -> Plan | None:
+        """What it would do; None where it is a function, of which nobody can know."""
+        rules = self.rule_set()
+        return None if rules is None else rules.plan(model, adapter=self.adapter, allow_import=self.allow_import)
+
+    def apply(self, model: nn.Module) -> Patch | None:
+        plan = self.plan(model)
+        if plan is None:
+            return by_function(self.rules, model)  # type: ignore[arg-type]
+        self._plan_text = str(plan)
+        for warning in plan.warnings:
+            _log.warning(warning.render())
+        return apply_plan(plan, model)
+
+    def rule_set(self) -> RuleSet | None:
+        """Its rules; None where they are a function. Raises `RuleError` for a file that cannot be read."""
+        if self.rules is None:
+            raise refusal(
+                "GP801",
+                f"{type(self).__name__} has no rules",
+                'ModelTransform("lora.rules"), or another file or packaged name',
+                "or set the attribute on the LightningModule: self.model_transform = LoRA(...)",
+            )
+        if isinstance(self.rules, RuleSet):
+            if self.params:
+                raise refusal("GP802", "a RuleSet has its params already", "graphpatch.load(file, rank=...)")
+            return self.rules
+        return load(self.rules, **self.params) if isinstance(self.rules, (str, PathLike)) else None
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether it says itself what to do."""
+        return self.rules is not None
+
+    def identity(self) -> str:
+        """The same for transforms that do the same."""
+        rules = self.rule_set()
+        said = repr(self.rules) if rules is None else rules.to_json()
+        return blake2b(json.dumps([said, self.adapter]).encode(), digest_size=8).hexdigest()
+
+    # ── when ──
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        checks.refuse_mixed(trainer, pl_module)
+        checks.refuse_swallowed(pl_module)
+        checks.refuse_other_callbacks(trainer, self)
+        transform = self._agreed(pl_module)
+        transform.identity()  # rules that cannot be read are told of before anything is built
+        # `configure_model` is called after every setup and before anything wraps the model. A partial, since Lightning
+        # looks through `functools.wraps` to see whether the method is overridden; and it pickles, and is copied whole.
+        slot = pl_module.configure_model
+        if all(known.args[0].state_key != transform.state_key for known in _ours(slot)):
+            pl_module.configure_model = partial(_configure, transform, pl_module, slot)  # type: ignore[method-assign]
+
+    def _agreed(self, module: pl.LightningModule) -> ModelTransform:
+        """The transform that is meant: this one, or the module's attribute `model_transform`."""
+        given = getattr(module, "model_transform", None)
+        if given is None:
+            return self
+        other = given if isinstance(given, ModelTransform) else ModelTransform(given, adapter=self.adapter)
+        if not self.has_rules:
+            other.base_checkpoint = other.base_checkpoint or self.base_checkpoint
+            return other
+        if other.identity() != self.identity():
+            raise refusal(
+                "GP803",
+                "the module's model_transform and the callback's rules are two different transforms",
+                "give one of them: LoRA(...) on the module and the same object in callbacks, as in NeMo",
+                text=(f"the module has {other!r}, the callback is {self!r}",),
+            )
+        return self
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        checks.refuse_uncovered(trainer, pl_module)
+        self._tell(trainer)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        ours = _ours(pl_module.__dict__.get("configure_model"))
+        if ours:
+            del pl_module.__dict__["configure_model"]
+            original = ours[-1].args[2]
+            if getattr(original, "__func__", None) is not type(pl_module).configure_model:
+                pl_module.configure_model = original  # type: ignore[method-assign]
+
+    @rank_zero_only
+    def _tell(self, trainer: pl.Trainer) -> None:
+        """The plan, for whoever looks at the run later."""
+        if self._plan_text:
+            _log.info("%s", self._plan_text)
+            for logger in trainer.loggers:
+                write_plan(logger, self._plan_text)
+
+    # ── randomness, so that a resumed run is the run that was not stopped ──
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        Randomness.of(pl_module).restore_mid_epoch()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.rules!r}{self.params or ''}>"
+
+
+def _configure(transform: ModelTransform, module: pl.LightningModule, original: Callable[[], None]) -> None:
+    """`configure_model`: the module's own, then the transform."""
+    original()
+    checks.refuse_sharded(module, bool(_applied(module)))
+    with keep_what_changes(module):
+        transform(module)
+
+
+def _ours(slot: Any) -> list[partial[None]]:
+    """The transforms that wait in a `configure_model`, the last one first."""
+    found = []
+    while isinstance(slot, partial) and slot.func is _configure:
+        found.append(slot)
+        slot = slot.args[2]
+    return found
+
+
+def mark(model: nn.Module, identity: str, patch: Patch | None) -> None:
+    model.__dict__.setdefault(_MARK, {})[identity] = patch.id if patch else None
+
+
+def _applied(model: nn.Module) -> set[str]:
+    """The identities of the transforms whose patch is on the model, or in it."""
+    here = {patch.id for patch in patches(model)}
+    marks: list[Mapping[str, str | None]] = [m.__dict__[_MARK] for m in model.modules() if _MARK in m.__dict__]
+    return {identity for held in marks for identity, patch in held.items() if patch is None or patch in here}
+
+
+def by_function(function: Callable[[nn.Module], Any], model: nn.Module) -> Patch | None:
+    """Let a function change the model; the patch that it left, if any."""
+    before = patches(model)
+    answer = function(model)
+    if isinstance(answer, nn.Module) and answer is not model:
+        raise refusal(
+            "GP804",
+            f"the transform returned another {type(answer).__name__}, and the trainer would go on with the old one",
+            "change the model in place, and return it or nothing",
+        )
+    return next((patch for patch in patches(model) if patch not in before), None)
+
+
+def write_plan(logger: Any, text: str) -> None:
+    """As text where the logger has such, else as a file beside its own."""
+    add_text = getattr(logger.experiment, "add_text", None)
+    if callable(add_text):
+        add_text("graphpatch/plan", f"```\n{text}\n```")
+    elif logger.log_dir:
+        from pathlib import Path
+
+        folder = Path(logger.log_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "plan.txt").write_text(text + "\n", "utf-8")

@@ -1,0 +1,95 @@
+"""What is refused, or warned of, before it goes wrong in silence."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+from torch import nn
+
+from .problem import refusal
+
+if TYPE_CHECKING:
+    from .callback import ModelTransform
+
+
+def refuse_mixed(trainer: Any, module: Any) -> None:
+    """Lightning exists under two names, whose classes are not each other's."""
+    for what, cls in ((trainer, pl.Trainer), (module, pl.LightningModule)):
+        if not isinstance(what, cls):
+            raise refusal(
+                "GP805",
+                f"{type(what).__module__}.{type(what).__name__} is none of lightning.pytorch's",
+                "import everything from `lightning.pytorch`, nothing from `pytorch_lightning`",
+            )
+
+
+def refuse_swallowed(module: pl.LightningModule) -> None:
+    from .callback import ModelTransform
+
+    for name, value in getattr(module, "hparams", {}).items():
+        if isinstance(value, ModelTransform):
+            raise refusal(
+                "GP806",
+                f"save_hyperparameters() took the argument `{name}`, a {type(value).__name__}",
+                f'self.save_hyperparameters(ignore=["{name}"])',
+                text=("it would be pickled into every checkpoint, which then cannot be loaded to resume",),
+            )
+
+
+def refuse_other_callbacks(trainer: pl.Trainer, transform: ModelTransform) -> None:
+    """Callbacks that would undo what a transform does, or copy the model too early."""
+    from lightning.pytorch.callbacks import BaseFinetuning
+
+    from .callback import ModelTransform
+
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    at = callbacks.index(transform)
+    for number, other in enumerate(callbacks):
+        if isinstance(other, BaseFinetuning):
+            raise refusal(
+                "GP807",
+                f"{type(other).__name__} unfreezes what the rules freeze",
+                "leave that callback out: `freeze` and `train` statements say what trains",
+            )
+        if isinstance(other, ModelTransform) and other is not transform and other.state_key == transform.state_key:
+            raise refusal(
+                "GP808",
+                f"two {type(transform).__name__} callbacks add an adapter of the same name",
+                'give each a name: adapter="math"',
+            )
+        if number < at and any(c.__name__ == "WeightAveraging" for c in type(other).__mro__):
+            raise refusal(
+                "GP809",
+                f"{type(other).__name__} copies the model before it is transformed",
+                f"list {type(transform).__name__} before it in callbacks",
+            )
+
+
+def refuse_sharded(module: nn.Module, transformed: bool) -> None:
+    """Parameters added to a sharded model train wrong and raise nothing."""
+    if transformed:
+        return
+    name = next((n for n, p in module.named_parameters() if type(p.data).__name__ == "DTensor"), None)
+    if name is not None:
+        raise refusal(
+            "GP810",
+            f"`{name}` is sharded already, and what is added now would train wrong",
+            "in configure_model, before fully_shard or parallelize_module: self.model_transform(self.net)",
+        )
+
+
+def refuse_uncovered(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """An optimizer that was made before the transform knows nothing of what it brought."""
+    if not trainer.optimizers:
+        return
+    held = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    if not trained:
+        raise refusal("GP811", "nothing is left to train", "a `train` statement, or `freeze ** except @new`")
+    if not any(id(p) in held for _, p in trained):
+        raise refusal(
+            "GP812",
+            f"the optimizer holds none of the {len(trained)} parameters that train, `{trained[0][0]}` first",
+            "make it in configure_optimizers, which is called after the transform, and not in __init__",
+        )

@@ -1,0 +1,48 @@
+"""A transformed module from its checkpoint, and the base from its own."""
+
+from __future__ import annotations
+
+import json
+from os import PathLike
+from typing import Any, TypeVar, cast
+
+import lightning.pytorch as pl
+
+from ..patch.apply import apply_plan
+from ..plan.ruleset import RuleSet
+from .base import Base, load_base
+from .contents import KEY, check_loadable, keep_what_changes
+from .problem import refusal
+
+_Module = TypeVar("_Module", bound=pl.LightningModule)
+
+
+def load_from_checkpoint(
+    cls: type[_Module], path: str | PathLike[str], *, base: Base | None = None, **arguments: Any
+) -> _Module:
+    """`cls.load_from_checkpoint(path)` for a module that was transformed: the base first, then what trained on it.
+
+    `base` is where the base's weights are (see `ModelTransform`); None where the module loads them itself. All other
+    arguments are Lightning's, or `cls`'s own. Raises `ApplyError` as resuming does: GP830, GP832, GP821.
+    """
+
+    def on_load(module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        ours = checkpoint.get(KEY)
+        if ours is None:
+            raise refusal(
+                "GP830", f"{path} was saved by a module that no transform had changed", "cls.load_from_checkpoint"
+            )
+        if base is not None:
+            load_base(module, base)
+        with keep_what_changes(module):
+            for record in ours["patches"]:
+                rules = RuleSet.from_json(json.dumps(record["rules"]))
+                apply_plan(rules.plan(module, adapter=record["adapter"]), module, initialise=False)
+        check_loadable(module, checkpoint)
+        cls.on_load_checkpoint(cast(_Module, module), checkpoint)
+
+    # Lightning makes the module, and asks it before it loads: a subclass for this one moment answers.
+    answering: Any = type(cls.__name__, (cls,), {"__module__": cls.__module__, "on_load_checkpoint": on_load})
+    module = answering.load_from_checkpoint(path, **arguments)
+    module.__class__ = cls
+    return cast(_Module, module)

@@ -32,6 +32,7 @@ _FAMILIES = {
     "5": "The model cannot be changed, or changed back",
     "6": "An adapter cannot be written, read or loaded",
     "7": "The command line: what was asked for cannot be tried",
+    "8": "Under Lightning, something would go wrong in silence",
 }
 _MEANINGS = {
     "GP100": "the file is too large, or no text in UTF-8",

@@ -20,7 +20,7 @@ from .grads import forget_gone, restore_flags
 from .merge import bake, merge, taken_out, unmerge
 from .probe import silent_modules
 from .record import JOURNALS, Journal, journals_of, roots
-from .refuse import refuse_selected
+from .refuse import refuse_selected, way_off
 from .subclass import bypassed, is_foreign
 
 
@@ -223,7 +223,8 @@ class Patch:
                         raise self._in_the_way(change.nodes[at], _derived(type(module)))
                     how = bypassed(module) if "forward" in module.__dict__ else None
                     if how:
-                        raise self._in_the_way(change.nodes[at], f"its forward was wrapped since ({how})")
+                        why, fix = f"its forward was wrapped since ({how})", f"take that off first: {way_off(module)}"
+                        raise self._in_the_way(change.nodes[at], why, fix)
 
     def _refuse_gone(self) -> None:
         if not any(journal is self._journal for journal in journals_of(self.model)):
@@ -252,13 +253,13 @@ class Patch:
                         )
                     )
 
-    def _in_the_way(self, node: int, why: str) -> ApplyError:
+    def _in_the_way(self, node: int, why: str, fix: str = "") -> ApplyError:
         return ApplyError(
             Diagnostic(
                 "GP521",
                 f"`{self._journal.path(node) or '^'}` cannot be changed back: {why}",
                 fixes=(
-                    "take that away first, or revert before it is done",
+                    fix or "take that away first, or revert before it is done",
                     "`with patch.disabled()` computes without the patch meanwhile",
                 ),
             )

@@ -72,9 +72,18 @@ def refuse_bypassed(module: nn.Module, path: str, rule: str) -> None:
             "GP501",
             f"`{path}` has a `forward` of its own on the instance ({how}), which would be called past the rewrite",
             text=(rule,),
-            fixes=("patch first, and hook or wrap `forward` afterwards", "or take it off: del module.forward"),
+            fixes=("patch first, and hook or wrap `forward` afterwards", f"or take it off: {way_off(module)}"),
         )
     )
+
+
+def way_off(module: nn.Module) -> str:
+    """How an instance attribute `forward` goes away again."""
+    if "_original_forward" in module.__dict__:
+        return "accelerator.unwrap_model(model, keep_fp32_wrapper=False)"
+    if hasattr(type(module), "kernel_layer_name"):
+        return "del module.forward, which gives up the kernel of the hub"
+    return "del module.forward"
 
 
 def refuse_class(module: nn.Module, path: Callable[[], str], rule: str) -> None:

@@ -45,7 +45,18 @@ def _make(base: type, mixins: Mixins) -> type:
         "_graphpatch_base": base,
         "_graphpatch_mixins": mixins,
     }
-    return types.new_class(base.__name__, (*reversed(chosen), base), {}, lambda ns: ns.update(namespace))
+    made: Any = types.new_class(base.__name__, (*reversed(chosen), base), {}, lambda ns: ns.update(namespace))
+    if hasattr(base, "kernel_layer_name") and made.forward is not base.forward:  # type: ignore[attr-defined]
+        made.kernel_layer_name = _Absent()
+    return made  # type: ignore[no-any-return]
+
+
+class _Absent:
+    """`kernel_layer_name`, by which the kernels hub finds the layers that it may give another forward, on the instance:
+    one that would be called past the mixins."""
+
+    def __get__(self, module: Any, owner: type) -> Any:
+        raise AttributeError("kernel_layer_name")
 
 
 def _reduce_ex(self: Any, protocol: Any) -> Any:

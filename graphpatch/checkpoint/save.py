@@ -16,6 +16,7 @@ from ..plan.ruleset import RuleSet
 from ..tree.compress import compress
 from ..tree.tree import Tree
 from .base import weights_hash
+from .intact import refuse_outgrown
 from .manifest import FORMAT, Base, Change, Manifest, Tensors
 from .moved import brought
 from .pair import write_pair
@@ -31,12 +32,14 @@ def save_adapter(patch: Patch, directory: str | PathLike[str], *, hash_base: boo
     other weights. The same patch gives the same bytes. An adapter that was there is replaced as a whole: a crash at any
     moment leaves the old one or the new one. Of a sharded model every rank must call this.
 
-    Raises `Error` (GP604) where the files cannot be written, with the old ones left, GP605 where there are no values to
-    save (the meta device); `ApplyError` (GP509) where the patch was reverted or is switched off.
+    Raises `Error`: GP604 where the files cannot be written, with the old ones left, GP605 where there are no values to
+    save (the meta device), GP655 where the model has outgrown its patch; `ApplyError` (GP509) where the patch was
+    reverted or is switched off.
     """
     journal_of(patch)
     plan = original_plan(patch)
     added = added_tensors(patch)
+    refuse_outgrown(patch, plan, added)
     moved = moved_tensors(plan, patch.model, added, brought(patch))
     tensors = copied_out({**added, **moved})
     tree = plan.tree

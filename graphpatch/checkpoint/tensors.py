@@ -157,7 +157,10 @@ def copied_out(tensors: Mapping[str, torch.Tensor]) -> Named:
             Diagnostic(
                 "GP605",
                 f"`{meta}` is on the meta device, and has no values to save",
-                fixes=("a patch on the meta device is a shape only: save the plan, plan.to_json()",),
+                fixes=(
+                    "a patch on the meta device is a shape only: save the plan, plan.to_json()",
+                    "if accelerate offloaded it: accelerate.hooks.remove_hook_from_module(model, recurse=True)",
+                ),
             )
         )
     found, seen = Named(), set[int]()

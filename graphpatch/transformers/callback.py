@@ -8,6 +8,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..checkpoint.intact import refuse_outgrown
+from ..checkpoint.save import original_plan
+from ..checkpoint.tensors import added_tensors
 from ..lang.diagnostics import Diagnostic, Error
 from ..patch.drift import unwrapped
 from ..patch.patch import Patch, patches
@@ -33,7 +36,8 @@ class AdapterCheckpoint(TrainerCallback):
     Without `patch`, it is that of the model which the Trainer trains; so it also serves a `model_init`.
 
     Raises `Error`: GP651 where there is no such patch, or the model saves another; GP653 where the base is quantised
-    in a way that passes no gradients. In training GP651 where another model is trained, GP654 where it is sharded.
+    in a way that passes no gradients. In training GP651 where another model is trained, GP654 where it is sharded,
+    GP655 where it was resized since it was patched.
     """
 
     def __init__(self, patch: Patch | None = None, peft: bool = False):
@@ -55,6 +59,8 @@ class AdapterCheckpoint(TrainerCallback):
         patch = self._patch_on(kwargs["model"])
         end_admission(patch)
         _refuse_sharded(args, patch)
+        # Now, and not at the first save: what trains meanwhile would be lost.
+        refuse_outgrown(patch, original_plan(patch), added_tensors(patch))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         patch = self._patch_on(kwargs["model"])

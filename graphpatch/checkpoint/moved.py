@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ def brought(patch: Patch) -> frozenset[str]:
 class MovedWeights:
     """A `graphpatch.patch.change.Change`, already done: the values are in the live tensors."""
 
+    brings_weights: ClassVar[bool] = True
     mark: Mark
     places: Mapping[str, Place]
     originals: Mapping[str, torch.Tensor]

@@ -89,7 +89,7 @@ def bake(root: nn.Module, journal: Journal, others: Sequence[Journal]) -> None:
         merge(root, journal, others, keep=False)
     journal.merged = None
     # Weights that a loaded adapter brought belong to the result.
-    journal.changes = [change for change in journal.changes if change.modules]
+    journal.changes = [change for change in journal.changes if not getattr(change, "brings_weights", False)]
 
 
 @contextmanager

@@ -16,5 +16,6 @@ if find_spec("transformers") is None:
     )
 
 from .callback import AdapterCheckpoint as AdapterCheckpoint
+from .merged import save_merged as save_merged
 
-__all__ = ["AdapterCheckpoint"]
+__all__ = ["AdapterCheckpoint", "save_merged"]

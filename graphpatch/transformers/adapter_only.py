@@ -22,6 +22,7 @@ from ..patch.subclass import class_with, set_class
 from ..rewrites.rewrite import InPlace
 from ..tree.tree import Mark
 from .folder import CHANGES, put_back, write
+from .merged import save_merged
 
 
 class Saving(NamedTuple):
@@ -37,8 +38,8 @@ class Saving(NamedTuple):
 class _Admitted:
     """`_hf_peft_config_loaded`: by nothing else does `Trainer.__init__` learn that a quantised model has adapters.
 
-    Private, and so only raised from the making of the callback until `on_init_end`. No data descriptor: whoever sets
-    the attribute on the model has it as before.
+    Private, and so only raised on a quantised model, from the making of the callback until `on_init_end`. No data
+    descriptor: whoever sets the attribute on the model has it as before.
     """
 
     def __get__(self, model: Any, owner: type) -> bool:
@@ -59,17 +60,21 @@ class SavesAdapter(InPlace):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Write the adapter alone; `graphpatch.load_adapter(base, save_directory)` reads it.
+        """Write the adapter alone; `graphpatch.load_adapter(base, save_directory)` reads it. While the patch is merged,
+        write the whole model.
 
-        `state_dict` and what says how to lay out a whole model are passed over.
+        `state_dict` and what says how to lay out a whole model are passed over for an adapter.
         """
-        saving = next(iter(_saving(self)), None)
         below: Any = super()
-        if saving is None:
+        patch, peft = _patch_of(self)
+        if patch is None:
             below.save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
             return
+        if patch.merged:
+            save_merged(self, save_directory, is_main_process=is_main_process, push_to_hub=push_to_hub, **kwargs)
+            return
         if is_main_process:
-            write(_patch_of(self, saving), save_directory, saving.peft)
+            write(patch, save_directory, peft)
         if push_to_hub:
             # Which saves into a folder of its own, by this very method, and uploads that.
             name = kwargs.pop("repo_id", None) or os.path.basename(os.path.abspath(save_directory))
@@ -79,7 +84,7 @@ class SavesAdapter(InPlace):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As ever, but a checkpoint of adapters alone goes in whole, or is refused: it lacks the base, and must not
         lack anything else."""
-        if CHANGES not in state_dict or not _saving(self):
+        if CHANGES not in state_dict or _patch_of(self)[0] is None:
             return super().load_state_dict(state_dict, strict, assign)
         put_back(self, state_dict)
         return super().load_state_dict({}, strict=False)._replace(missing_keys=[], unexpected_keys=[])
@@ -89,8 +94,13 @@ def _saving(model: Any) -> tuple[Saving, ...]:
     return model.__dict__.get(SavesAdapter.entries, ())
 
 
-def _patch_of(model: nn.Module, saving: Saving) -> Patch:
-    return next(patch for patch in patches(model) if patch.id == saving.patch and patch.model is model)
+def _patch_of(model: nn.Module) -> tuple[Patch | None, bool]:
+    """The patch that the model saves, and whether in PEFT's format too."""
+    for saving in _saving(model):
+        for patch in patches(model):
+            if patch.id == saving.patch and patch.model is model:
+                return patch, saving.peft
+    return None, False
 
 
 @dataclass(eq=False)
@@ -131,7 +141,7 @@ def attach(patch: Patch, peft: bool) -> None:
     detach(patch)
     changes = journal_of(patch).changes
     mark = Mark(patch.id, changes[0].mark.rule if changes else "", "AdapterCheckpoint", frozenset())
-    change = Attached(mark, patch.model, Saving(patch.id, peft, admitted=True))
+    change = Attached(mark, patch.model, Saving(patch.id, peft, bool(getattr(patch.model, "is_quantized", False))))
     change.do()
     changes.append(change)
 

@@ -37,7 +37,7 @@ class AdapterCheckpoint(TrainerCallback):
 
     Raises `Error`: GP651 where there is no such patch, or the model saves another; GP653 where the base is quantised
     in a way that passes no gradients. In training GP651 where another model is trained, GP654 where it is sharded,
-    GP655 where it was resized since it was patched.
+    GP655 where it was resized since it was patched, GP657 where the patch is merged.
     """
 
     def __init__(self, patch: Patch | None = None, peft: bool = False):
@@ -58,6 +58,9 @@ class AdapterCheckpoint(TrainerCallback):
     ) -> None:
         patch = self._patch_on(kwargs["model"])
         end_admission(patch)
+        if patch.merged:
+            why = "the patch is merged into the weights, where its factors get no gradients"
+            raise Error(Diagnostic("GP657", why, fixes=("patch.unmerge() before training",)))
         _refuse_sharded(args, patch)
         # Now, and not at the first save: what trains meanwhile would be lost.
         refuse_outgrown(patch, original_plan(patch), added_tensors(patch))

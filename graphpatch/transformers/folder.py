@@ -20,6 +20,7 @@ from torch import nn
 
 from ..checkpoint.changes import difference
 from ..checkpoint.manifest import Change
+from ..checkpoint.moved import brought
 from ..checkpoint.save import changes_of, original_plan, save_adapter
 from ..checkpoint.tensors import Named, added_tensors, check, copied_out, moved_tensors, put
 from ..lang.diagnostics import Diagnostic, Error
@@ -101,7 +102,9 @@ def _trained(model: nn.Module, plans: Mapping[Patch, Plan]) -> Named:
     wanted = set[Any]()
     for patch, plan in plans.items():
         added = added_tensors(patch)
-        wanted.update(map(_memory, (*added.values(), *moved_tensors(plan, patch.model, added).values())))
+        wanted.update(
+            map(_memory, (*added.values(), *moved_tensors(plan, patch.model, added, brought(patch)).values()))
+        )
     found, seen = Named(), set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, torch.Tensor) and (tensor.requires_grad or _memory(tensor) in wanted):

@@ -59,8 +59,13 @@ class AdapterCheckpoint(TrainerCallback):
         patch = self._patch_on(kwargs["model"])
         end_admission(patch)
         if patch.merged:
-            why = "the patch is merged into the weights, where its factors get no gradients"
-            raise Error(Diagnostic("GP657", why, fixes=("patch.unmerge() before training",)))
+            raise Error(
+                Diagnostic(
+                    "GP657",
+                    "the patch is merged into the weights, and its factors get no gradients",
+                    fixes=("patch.unmerge() before training",),
+                )
+            )
         _refuse_sharded(args, patch)
         # Now, and not at the first save: what trains meanwhile would be lost.
         refuse_outgrown(patch, original_plan(patch), added_tensors(patch))

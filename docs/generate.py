@@ -49,6 +49,7 @@ _MEANINGS = {
     "GP424": "an op changes a weight that another module shares, and would change one use of it alone",
     "GP545": "the model has no adapter of this name",
     "GP547": "adapters cannot be chosen for each sample: a module cannot tell the samples of a batch apart",
+    "GP456": "a parameter is no stack of experts whose use `lora` knows",
     "GP503": "the target's forward is never called, so a change there would do nothing",
     "GP631": "there is no adapter, or none that a reader could open",
     "GP641": "the files of the base cannot be read",

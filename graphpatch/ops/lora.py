@@ -9,8 +9,9 @@ from pydantic import field_validator, model_validator
 from ..tree.tree import Signature, Tensor
 from .arguments import Count, Flag, Real, Share
 from .calls import refuse_uncalled
+from .lora_experts import STACKS, row_of, stack
 from .lora_options import OF_THE_WEIGHT, check_options
-from .lora_shapes import EXACT, factor_shapes
+from .lora_shapes import EXACT, Shape, factor_shapes
 from .op import Op, Refusal, Target
 from .registry import register
 
@@ -33,6 +34,12 @@ class Lora(Op):
     On `nn.Conv1d/2d/3d`, A is a convolution like the base (stride, padding, dilation) with rank channels out, B one of
     size 1 from those, so the weight gains s B A, multiplied over the channels. Groups hold for both factors and split
     the rank, which must be a multiple of them; PEFT's A has none, and so cannot be merged.
+
+    Stacked experts are parameters, and targeted as such: `experts.gate_up_proj`. A is (experts, rank, in) and B
+    (experts, out, rank), as `experts.gate_up_proj_lora_A` and `..._lora_B`, and expert e gains s B[e] A[e]. The product
+    is that of the tokens routed to an expert, so no patched stack is ever made; dropout draws for each token at each of
+    its experts. Accepted are the experts that Transformers dispatches (Mixtral, Qwen-MoE, DeepSeek, gpt-oss ...),
+    whichever of its implementations is set, and those of Llama 4, JetMoE and Step 3.
 
     A module whose weight is tied to another's is refused: an update of a head would be none of the embedding that is
     the same matrix.
@@ -61,6 +68,7 @@ class Lora(Op):
         "torch.nn.modules.conv.Conv2d": "graphpatch.rewrites.lora_convolution:LoraConvolution",
         "torch.nn.modules.conv.Conv3d": "graphpatch.rewrites.lora_convolution:LoraConvolution",
     }
+    accepts_parameters: ClassVar = STACKS
     level: ClassVar[int] = 10
     exact_at_init: ClassVar[bool] = True
     merges: ClassVar[bool] = True
@@ -114,9 +122,9 @@ class Lora(Op):
         """The names of A and B on their module."""
         return self.key("lora_A"), self.key("lora_B")
 
-    def key(self, name: str) -> str:
-        """The name on a module of one of this adapter's tensors."""
-        return f"{name}_{self.adapter}" if self.adapter else name
+    def key(self, name: str, parameter: str | None = None) -> str:
+        """The name on a module of one of this adapter's tensors; where the target is a parameter, of those for that."""
+        return f"{parameter}_{self.key(name)}" if parameter else f"{name}_{self.adapter}" if self.adapter else name
 
     @property
     def started(self) -> tuple[str, ...]:
@@ -133,6 +141,9 @@ class Lora(Op):
     def named(self, adapter: str | None) -> Op:
         # A name in the rule says more than the one given to all of a file.
         return self if adapter is None or self.adapter is not None else self.model_copy(update={"adapter": adapter})
+
+    def through(self, target: Target, row: str) -> str:
+        return row_of(target, row) if target.parameter else row
 
     def check(self, target: Target) -> None:
         refuse_uncalled(target, "lora")
@@ -153,7 +164,9 @@ class Lora(Op):
             )
 
     def _rewrite(self, target: Target) -> str:
-        return next((self.accepts[c] for c in target.signature.mro if c in self.accepts), "")
+        table = self.accepts_parameters if target.parameter else self.accepts
+        row = next((table[c] for c in (*target.signature.mro, "*") if c in table), "")
+        return self.through(target, row)
 
     def _refuse_unknown_forward(self, signature: Signature) -> None:
         """The update of a linear is added to whatever a subclass makes of the base. That of an embedding or a
@@ -170,18 +183,27 @@ class Lora(Op):
             )
 
     def adds(self, target: Target) -> dict[str, Tensor]:
-        weight = target.signature.parameters.get("weight")
+        weight = target.tensor or target.signature.parameters.get("weight")
         dtype = self.dtype or (weight.dtype if weight and weight.dtype in ("float64", "float32") else "float32")
-        a, b = factor_shapes(target.signature, self.rank)
-        shapes = {"lora_A": a, "lora_B": b}
-        if self.dora:
-            shapes["lora_magnitude"] = b[:1]
-        if self.bias:
-            shapes["lora_B_bias"] = b[:1]
-        found = {self.key(name): Tensor(shape, dtype) for name, shape in shapes.items()}
-        for name, shape in zip(self.started, (a, b)):
-            found[name] = Tensor(shape, dtype, trainable=False, buffer=True)
+        found: dict[str, Tensor] = {}
+        for of, (a, b) in self._shapes(target).items():
+            shapes = {"lora_A": a, "lora_B": b}
+            if self.dora:
+                shapes["lora_magnitude"] = b[:1]
+            if self.bias:
+                shapes["lora_B_bias"] = b[:1]
+            found |= {self.key(name, of): Tensor(shape, dtype) for name, shape in shapes.items()}
+            for name, shape in zip(self.started, (a, b)):
+                found[name] = Tensor(shape, dtype, trainable=False, buffer=True)
         return found
+
+    def _shapes(self, target: Target) -> dict[str | None, tuple[Shape, Shape]]:
+        """The shapes of A and B, by the parameter they are for where the module has several."""
+        if target.parameter is None:
+            return {None: factor_shapes(target.signature, self.rank)}
+        of = stack(target)
+        a, b = (of.experts, self.rank, of.in_features), (of.experts, of.out_features, self.rank)
+        return {target.parameter: (a, b)}
 
     def after(self, target: Target) -> str:
         return f"LoRA {target.signature.cls}"
@@ -190,7 +212,7 @@ class Lora(Op):
 def _refuse_tied(target: Target) -> None:
     """A tied weight is one matrix with two uses. An update of one use alone would part them: merged into the weight it
     would change the other, and a checkpoint of the merged model could not say so."""
-    others = target.tied.get("weight", ())
+    others = target.tied.get(target.parameter or "weight", ())
     if others:
         shared = f"`{others[0]}`" + (f" and {len(others) - 1} more" if len(others) > 1 else "")
         raise Refusal(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .lora_experts import STACKS, TRANSPOSED
 from .lora_shapes import factor_shapes
 from .op import Refusal, Target
 
@@ -13,12 +14,13 @@ if TYPE_CHECKING:
 LINEAR = frozenset({"graphpatch.rewrites.lora:LoraLinear", "graphpatch.rewrites.lora_conv1d:LoraConv1D"})
 EMBEDDING = frozenset({"graphpatch.rewrites.lora_embedding:LoraEmbedding"})
 CONVOLUTION = frozenset({"graphpatch.rewrites.lora_convolution:LoraConvolution"})
+EXPERTS = frozenset(STACKS.values()) | {TRANSPOSED}
 """Rewrites, by import path: an option has an effect where the rewrite knows it."""
 
 DORA = LINEAR | EMBEDDING | CONVOLUTION
 BIAS = LINEAR | CONVOLUTION
 STARTS = {
-    "gaussian": LINEAR | CONVOLUTION,
+    "gaussian": LINEAR | CONVOLUTION | EXPERTS,
     "pissa": LINEAR,
     "olora": LINEAR,
     "orthogonal": LINEAR,
@@ -39,7 +41,7 @@ def check_options(lora: Lora, target: Target, rewrite: str) -> None:
     if lora.init != "kaiming" and rewrite in EMBEDDING:
         raise _no_effect("init", cls, "lora_A starts at zero there, and lora_B is random", "init")
     if lora.init != "kaiming" and rewrite not in STARTS[lora.init]:
-        raise _no_effect(f'init="{lora.init}"', cls, "it is made for the weight of a linear", "init")
+        raise _no_effect(f'init="{lora.init}"', cls, "it is made for the one weight of a linear", "init")
     if lora.init in OF_THE_WEIGHT or lora.init == "eva":
         (_, in_), (out, _) = (shape[:2] for shape in factor_shapes(target.signature, lora.rank))
         most, of = (in_, f"{in_} features") if lora.init == "eva" else (min(in_, out), f"a weight of {out} x {in_}")

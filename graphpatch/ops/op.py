@@ -74,6 +74,10 @@ class Op(BaseModel):
         """What it occupies on its target: two ops that share a slot collide, others compose by level."""
         return frozenset({self.op})
 
+    def through(self, target: Target, row: str) -> str:
+        """The import path of the rewrite for this target; `row` is what the table says for its class."""
+        return row
+
     def check(self, target: Target) -> None:
         """Raise `Refusal` where these arguments cannot have their full effect on this target."""
 

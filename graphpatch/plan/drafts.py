@@ -163,14 +163,28 @@ def _rewrite(op: Op, target: Target, has_classes: bool) -> str:
         return next(iter(table.values()))
     for name in (*target.signature.mro, "*"):
         if name in table:
-            return table[name]
+            return op.through(target, table[name])
     takes = ", ".join(sorted(name.rpartition(".")[2] for name in table))
     if target.parameter is not None:
         why = f"`{op.op}` does not accept `{target.parameter}`, a parameter of {target.signature.cls}"
         raise Refusal(why, f"it accepts parameters of {takes}; end the selector at a module, or leave it out")
+    inside = [f"{target.path}.{name}".lstrip(".") for name in target.signature.parameters if _takes(op, target, name)]
     raise Refusal(
-        f"`{op.op}` does not accept {target.signature.cls}", f"it accepts {takes}; narrow the selector, `:Linear` say"
+        f"`{op.op}` does not accept {target.signature.cls}",
+        *([f"it accepts its parameters: patch {' | '.join(f'^{path}' for path in inside)}"] if inside else []),
+        f"it accepts {takes}; narrow the selector, `:Linear` say",
     )
+
+
+def _takes(op: Op, target: Target, parameter: str) -> bool:
+    one = target._replace(parameter=parameter)
+    try:
+        if op.accepts_parameters:
+            _rewrite(op, one, True)
+            op.check(one)
+    except Refusal:
+        return False
+    return bool(op.accepts_parameters)
 
 
 def _refusals(tree: Tree, draft: Draft, refused: dict[tuple[str, tuple[str, ...], str], list[Hit]]) -> list[Diagnostic]:

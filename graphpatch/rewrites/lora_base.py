@@ -38,6 +38,8 @@ class Adapter(NamedTuple):
     out of the weight stays there, and is taken from the update."""
     iterations: int | None = None
     """Of the decomposition that `init` makes."""
+    parameter: str | None = None
+    """Which of the module's parameters gains s B A, where that was the target."""
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -70,7 +72,8 @@ class LoraModule(InPlace):
     def entry(cls, op: Op, parameter: str | None = None) -> Adapter:
         lora = cast(Lora, op)
         return Adapter(
-            *lora.keys,
+            lora.key("lora_A", parameter),
+            lora.key("lora_B", parameter),
             lora.scale,
             lora.dropout,
             lora.init,
@@ -81,6 +84,7 @@ class LoraModule(InPlace):
             magnitude=lora.key("lora_magnitude") if lora.dora else "",
             started=lora.started,
             iterations=lora.iterations,
+            parameter=parameter,
         )
 
     @classmethod

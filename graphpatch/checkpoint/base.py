@@ -81,11 +81,11 @@ def _facts_of(signature: Signature) -> _Facts:
     return _Facts(
         frozenset(name.rpartition(".")[2] for name in signature.mro[:-1] or signature.mro),
         signature.cls,
-        tuple(sorted((name, _shape(signature, name)) for name in signature.parameters)),
+        tuple(sorted((name, weight_shape(signature, name)) for name in signature.parameters)),
     )
 
 
-def _shape(signature: Signature, name: str) -> tuple[int, ...]:
+def weight_shape(signature: Signature, name: str) -> tuple[int, ...]:
     """A packed weight has the shape that its module says."""
     tensor, said = signature.parameters[name], signature.attributes
     packed = name == "weight" and tensor.dtype in ("uint8", "int8") and {"in_features", "out_features"} <= said.keys()
@@ -123,7 +123,7 @@ def _bare(tree: Tree) -> Tree:
     bare = []
     for signature in tree.signatures:
         tensors = {
-            name: tensor._replace(shape=_shape(signature, name), dtype="")
+            name: tensor._replace(shape=weight_shape(signature, name), dtype="")
             for name, tensor in signature.parameters.items()
         }
         said = {k: v for k, v in signature.attributes.items() if k in sizes} if tensors else {}

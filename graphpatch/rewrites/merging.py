@@ -111,30 +111,32 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def merge_blocks(
-    mergings: Sequence[Merging],
-    spans: Sequence[tuple[int, int]],
-    read: Callable[[int, int], Tensor],
-    write: Callable[[int, Tensor], object],
-) -> None:
-    """Merge all of them into one parameter, one after the other without rounding in between.
+Spans = Sequence[tuple[int, int]]
+"""(start, stop) of blocks of rows."""
+Read = Callable[[int, int], Tensor]
+"""From start and stop to a copy of these rows, in `working_dtype`."""
 
-    `spans` are the blocks of its rows; `read(start, stop)` gives a copy of rows in `working_dtype`, and
-    `write(start, rows)` gets what they become, in the same.
-    """
 
-    def after(number: int, start: int, stop: int) -> Tensor:
-        rows = read(start, stop)
-        for merging in mergings[:number]:
-            rows = merging.rows(rows, start)
-        return rows
+def merge_blocks(mergings: Sequence[Merging], spans: Spans, read: Read, write: Callable[[int, Tensor], object]) -> None:
+    """Merge all of them into the rows of one parameter, one after the other without rounding in between;
+    `write(start, rows)` gets what the rows become, still in `working_dtype`."""
+    with torch.no_grad():
+        for start, stop in spans:
+            write(start, _become(mergings, read(start, stop), start))
 
+
+def look_at_all(mergings: Sequence[Merging], spans: Spans, read: Read) -> None:
+    """Before that: show those of them that must see all rows first what they will get."""
     with torch.no_grad():
         for number, merging in enumerate(mergings):
             for start, stop in spans if merging.looks else ():
-                merging.look(after(number, start, stop), start)
-        for start, stop in spans:
-            write(start, after(len(mergings), start, stop))
+                merging.look(_become(mergings[:number], read(start, stop), start), start)
+
+
+def _become(mergings: Sequence[Merging], rows: Tensor, start: int) -> Tensor:
+    for merging in mergings:
+        rows = merging.rows(rows, start)
+    return rows
 
 
 @contextmanager

@@ -1,0 +1,113 @@
+"""Where the parameters of a transformers model lie in files that have other names than its modules.
+
+Transformers 5 fuses while it loads: the files of Mixtral hold `experts.3.w1.weight`, and the model one parameter
+`experts.gate_up_proj` for all experts. Which becomes what is asked of the library itself, by the very functions that it
+loads with: each tensor of a file is replaced by the numbers of its rows, and where these come out, its rows lie.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from itertools import pairwise
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+
+from ...lang.diagnostics import Diagnostic, Error
+from ..base_files import BaseFiles, Slot
+from ..hf_model import meta_model, model_type
+
+Run = tuple[str, int, int, int]
+"""A tensor's name in the files, a row there, the row of the parameter that it is, and how many follow in both."""
+
+
+class Place(NamedTuple):
+    """A parameter in the files: the tensor that it is as it stands, or the runs of rows that it is made of, a row being
+    what has all indices but the last in common."""
+
+    shape: tuple[int, ...]
+    where: str | list[Run]
+
+
+def converted_places(files: BaseFiles) -> Mapping[str, Place] | None:
+    """The parameters of the model, by their names there. None where `config.json` is none of transformers'.
+
+    Raises `Error` (GP645) where transformers is not installed, or does not know the model.
+    """
+    folder = files.folder if files.folder.is_dir() else files.folder.parent
+    if model_type(folder) is None:
+        return None
+    model = meta_model(folder, "the names in the files are not those of the model, which transformers translates")
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+        transforms = get_model_conversion_mapping(model)
+    except (ImportError, TypeError) as error:
+        title = "the names in the files are not those of the model, and this version of transformers translates none"
+        raise Error(Diagnostic("GP645", title, text=(str(error),), fixes=("pip install 'transformers>=5'",))) from None
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    of_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    state = model.state_dict()
+    prefix = model.base_model_prefix
+
+    places: dict[str, Place] = {}
+    parts: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for name in sorted(files.slots, key=dot_natural_key):
+        # As `convert_and_load_state_dict_in_model` has it.
+        renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if renamed not in state and name in state:
+            renamed, pattern = rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=state)
+        if renamed in state and pattern is None:
+            places[renamed] = Place(files.slots[name].shape, name)
+        elif renamed in state and pattern is not None:
+            parts[renamed].append((name, pattern))
+    for target, sources in parts.items():
+        converter = deepcopy(of_pattern[sources[0][1]])
+        places |= _placed(converter, target, sources, files.slots, model, state)
+    return places
+
+
+def _placed(
+    converter: Any,
+    target: str,
+    sources: list[tuple[str, str]],
+    slots: Mapping[str, Slot],
+    model: Any,
+    state: Mapping[str, torch.Tensor],
+) -> Iterator[tuple[str, Place]]:
+    """The parameters that one conversion makes; none where it does more than put rows elsewhere."""
+    names = [name for name, _ in sources]
+    counts = [prod(slots[name].shape[:-1]) for name in names]
+    starts = [sum(counts[:i]) for i in range(len(counts))]
+    for (name, pattern), start, count in zip(sources, starts, counts):
+        rows = torch.arange(start, start + count).view(*slots[name].shape[:-1], 1)
+        converter.add_tensor(target, name, pattern, rows)
+    try:
+        made = converter.convert(target, model=model, config=model.config)
+    except Exception:  # an operation that needs the columns too
+        return
+    for parameter, numbers in made.items():
+        numbers = numbers[0] if isinstance(numbers, list) else numbers
+        shape = tuple(state[parameter].shape) if parameter in state else ()
+        width = {slots[name].shape[-1] for name in names if slots[name].shape}
+        if width == {shape[-1] if shape else None} and tuple(numbers.shape) == (*shape[:-1], 1):
+            yield parameter, Place(shape, list(_runs(numbers.flatten().tolist(), names, starts, counts)))
+
+
+def _runs(numbers: list[int], names: list[str], starts: list[int], counts: list[int]) -> Iterator[Run]:
+    """Consecutive rows of one tensor, taken together."""
+    owner = [i for i, count in enumerate(counts) for _ in range(count)]
+    breaks = [
+        i
+        for i in range(1, len(numbers))
+        if numbers[i] != numbers[i - 1] + 1 or owner[numbers[i]] != owner[numbers[i - 1]]
+    ]
+    for first, last in pairwise([0, *breaks, len(numbers)]):
+        if first < last:
+            source = owner[numbers[first]]
+            yield names[source], numbers[first] - starts[source], first, last - first

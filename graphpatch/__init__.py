@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoint.load import load_adapter as load_adapter
     from .checkpoint.load import load_weights as load_weights
+    from .checkpoint.merging.merge import merge_checkpoint as merge_checkpoint
     from .checkpoint.peft.export import to_peft as to_peft
     from .checkpoint.peft.load import load_peft as load_peft
     from .checkpoint.peft.rules import from_peft as from_peft
@@ -58,6 +59,7 @@ _HOME = {
     "load_adapter": "checkpoint.load",
     "load_peft": "checkpoint.peft.load",
     "load_weights": "checkpoint.load",
+    "merge_checkpoint": "checkpoint.merging.merge",
     "parse": "plan.ruleset",
     "patches": "patch.patch",
     "register": "ops.registry",

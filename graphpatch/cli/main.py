@@ -22,6 +22,7 @@ COMMANDS = {
     "explain": "which rules touch a module, and where did the others stop matching?",
     "diff": "what differs between two models, renames included",
     "validate": "which servers read an adapter, which refuse or misread it, and does it have an effect?",
+    "merge": "a checkpoint with an adapter merged into its weights, tensor by tensor, without the model",
     "ops": "the ops that a rule can name, and their arguments",
     "rules": "the rule files that come with graphpatch",
 }

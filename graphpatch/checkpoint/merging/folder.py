@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ...lang.diagnostics import Diagnostic, Error
+from ..disk import sync
 
 
 @contextmanager
@@ -31,11 +32,11 @@ def made_whole(out: Path) -> Iterator[Path]:
                 yield workshop / out.name
                 for path in (*workshop.rglob("*"), workshop):
                     if not path.is_symlink():
-                        _sync(path)
+                        sync(path)
                 if os.path.lexists(out):
                     raise FileExistsError(None, "it has come into being meanwhile")
                 os.rename(workshop / out.name, out)
-                _sync(out.parent)
+                sync(out.parent)
             finally:
                 shutil.rmtree(workshop, ignore_errors=True)
     except OSError as error:
@@ -47,17 +48,6 @@ def made_whole(out: Path) -> Iterator[Path]:
 def _clear(folder: Path) -> None:
     for entry in folder.iterdir():
         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-
-
-def _sync(path: Path) -> None:
-    """Have a file's content, or a folder's names, on the disk before anything later."""
-    if os.name == "nt" and path.is_dir():
-        return
-    number = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 @contextmanager

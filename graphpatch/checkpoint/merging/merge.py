@@ -11,10 +11,15 @@ from typing import Any
 
 from ...lang.diagnostics import Diagnostic, Error
 from ...rewrites.merging import exact_arithmetic
+from ...tree.tree import Tree
 from ..base_files import INDEX, BaseFiles
+from ..hf_model import meta_model, model_type
+from ..pair import JSON
+from ..peft.config import CONFIG
+from ..peft.load import planned
 from .folder import made_whole
 from .pieces import find_pieces
-from .updates import Updates, updates_of
+from .updates import Updates, planned_updates, updates_of
 from .write import Writer
 
 _OTHER_WEIGHTS = (
@@ -41,10 +46,10 @@ def merge_checkpoint(
     `patch.merge()` makes of it; weights that trained with the adapter take the place of the base's. No more than a
     block of rows is held in memory beside the adapter. Nothing stands under the name `out` before all is written.
 
-    Raises `Error`, and leaves nothing behind: GP601 to GP603, GP613 where the adapter cannot be read, GP641 to GP643
-    where the base cannot, or is another than the adapter was made on, GP644 for ops that are no change of weights,
-    GP645 where transformers is needed to translate names, GP646 where `out` is there or cannot be written, GP647 where
-    a weight would hold a NaN or an infinity.
+    Raises `Error`, and leaves nothing behind: GP601 to GP603, GP613 where the adapter cannot be read (one of PEFT:
+    GP621 to GP628), GP641 to GP643 where the base cannot, or is another than the adapter was made on, GP644 for ops
+    that are no change of weights, GP645 where transformers is needed to translate names, GP646 where `out` is there or
+    cannot be written, GP647 where a weight would hold a NaN or an infinity.
     """
     files, target = BaseFiles.open(base), Path(out)
     folder = files.folder if files.folder.is_dir() else None
@@ -79,7 +84,26 @@ def merge_checkpoint(
 
 
 def _updates(adapter: str | PathLike[str], files: BaseFiles) -> Updates:
-    return updates_of(adapter)
+    folder = Path(adapter)
+    if (folder / CONFIG).is_file() and not (folder / JSON).is_file():
+        return _updates_of_peft(folder, files)
+    return updates_of(folder)
+
+
+def _updates_of_peft(folder: Path, files: BaseFiles) -> Updates:
+    """Such an adapter says which modules it changes and not of what kind they are: the model has to be known."""
+    base = files.folder if files.folder.is_dir() else files.folder.parent
+    if model_type(base) is None:
+        title = (
+            f"{folder} is an adapter of PEFT, and {base} has no config.json of transformers that says of which model"
+        )
+        fix = "load the model, then graphpatch.load_peft(model, DIR).bake(), and save it"
+        raise Error(Diagnostic("GP645", title, fixes=(fix,)))
+    tree = Tree.of(meta_model(base, "which model an adapter of PEFT changes is said by its config.json"))
+    plan, added, values = planned(folder, tree)
+    updates = planned_updates(str(folder), plan, added)
+    updates.values = values
+    return updates
 
 
 def _others(folder: Path, weights: set[Path], skip: tuple[Path, ...]) -> Iterator[Path]:

@@ -12,7 +12,7 @@ from ...lang.diagnostics import Diagnostic, Error
 from ..base_files import BaseFiles, Slot
 from ..base_weights import find_names, refuse_missing, refuse_packed, refuse_shapes
 from .converted import Place, converted_places
-from .updates import Updates
+from .updates import Shape, Updates
 
 
 class Piece(NamedTuple):
@@ -39,11 +39,11 @@ def find_pieces(updates: Updates, files: BaseFiles) -> dict[str, list[Piece]]:
     aliases = {name: updates.names.get(name, (name,)) for name in shapes}
     places: Mapping[str, Place] = {name: Place(slot.shape, name) for name, slot in slots.items()}
     found = _found(aliases, places)
-    if any(not names for names in found.values()):
+    if _doubtful(updates, shapes, places, found):
         translated = converted_places(files)
         if translated is not None:
             again = _found(aliases, translated)
-            if sum(map(bool, again.values())) > sum(map(bool, found.values())):
+            if sum(map(bool, again.values())) >= sum(map(bool, found.values())):
                 places, found = translated, again
     refuse_missing([name for name, there in found.items() if not there], places, what)
     refuse_shapes([(n, places[k].shape, shapes[n]) for n, there in found.items() for k in there], what)
@@ -58,6 +58,17 @@ def find_pieces(updates: Updates, files: BaseFiles) -> dict[str, list[Piece]]:
         for piece in found_:
             _refuse_type(piece.name, updates.values.get(piece.name), slots[tensor])
     return pieces
+
+
+def _doubtful(
+    updates: Updates, shapes: Mapping[str, Shape], places: Mapping[str, Place], found: Mapping[str, list[str]]
+) -> bool:
+    """Whether the files may hold something else than the model under its names, or under others. Stacks of experts are
+    kept either way round, under the same name."""
+    if any(not there for there in found.values()):
+        return True
+    differs = any(places[key].shape != shapes[name] for name, there in found.items() for key in there)
+    return differs or any(len(shapes[name]) == 3 for name in updates.mergings)
 
 
 def _found(aliases: Mapping[str, Iterable[str]], places: Mapping[str, Place]) -> dict[str, list[str]]:

@@ -70,6 +70,10 @@ def planned_updates(what: str, plan: Plan, tensors: Mapping[str, torch.Tensor]) 
         for node in step.nodes:
             path = f"{tree.paths[node]}." if node else ""
             used.update(path + name for name in step.adds)
+            absent = next((name for name in step.adds if path + name not in tensors), None)
+            if absent is not None:
+                why = f"its `{absent}` is in no file, but worked out from the base's weights"
+                raise _cannot(step, path.removesuffix("."), why)
             values = {name: tensors[path + name] for name in step.adds}
             try:
                 found = rewrite.merging(entry, values, dict(_shapes_below(tree, node)))
@@ -107,6 +111,7 @@ def _cannot(step: Step, path: str, why: str, *fixes: str) -> Error:
             "GP644",
             f"{step.op.text()}{where} cannot be merged into a checkpoint: {why}",
             text=(step.rule,),
-            fixes=fixes or ("load the adapter beside the base instead: graphpatch.load_adapter(model, DIR)",),
+            fixes=fixes
+            or ("load the adapter onto the model: load_adapter(model, DIR) or load_peft; then patch.bake()",),
         )
     )

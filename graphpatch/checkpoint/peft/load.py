@@ -40,15 +40,20 @@ def load_peft(model: nn.Module, directory: str | PathLike[str], *, adapter: str 
     not agree, GP628 where a saved module is tied to another; `PlanError` and `ApplyError` as `apply` does. The model is
     then as it was before.
     """
-    what = fspath(directory)
-    config = read_config(directory)
-    file = _File(what, config, _canonical(read_tensors(directory), what))
-    tree = Tree.of(model)
+    file, tree = _File.read(directory), Tree.of(model)
     rules = file.rules(tree)
     clean = rules.plan(unmarked(tree), adapter=adapter)
     added, base = file.fitted(clean)
     plan = rules.plan(tree, adapter=adapter) if tree.marks else clean
-    return _applied(plan, model, added, base, what)
+    return _applied(plan, model, added, base, file.what)
+
+
+def planned(directory: str | PathLike[str], tree: Tree) -> tuple[Plan, Named, Named]:
+    """The same without a model that has weights: what is planned on a tree, the values of what that adds, and all base
+    weights that the file brings. Raises `Error` as `load_peft` does."""
+    file = _File.read(directory, bare=True)
+    plan = file.rules(tree).plan(tree)
+    return plan, *file.fitted(plan)
 
 
 def _applied(plan: Plan, model: nn.Module, added: Named, base: Named, what: str) -> Patch:
@@ -84,6 +89,13 @@ class _File:
     config: LoraConfig
     tensors: Named
     """By canonical key."""
+    bare: bool = False
+    """The base's weights are not there to compare with."""
+
+    @classmethod
+    def read(cls, directory: str | PathLike[str], bare: bool = False) -> _File:
+        what, config = fspath(directory), read_config(directory)
+        return cls(what, config, _canonical(read_tensors(directory), what), bare)
 
     def rules(self, tree: Tree) -> RuleSet:
         return rule_set(rules_text(self.config, self.what, loading=True))
@@ -127,11 +139,11 @@ class _File:
             place = base_place(tree, name)
             held, value = tensor_at(place) if place else None, self.tensors[key]
             assert held is not None
-            if held.is_meta:
+            if held.is_meta and not self.bare:
                 raise on_meta(name)
             if held.shape != value.shape:
                 wrong.append(f"{key}: {_shape(value)}, and the model has {_shape(held)}")
-            elif _first_name(tree, name) in trained or not torch.equal(held.cpu(), value.to(held.dtype)):
+            elif self.bare or _first_name(tree, name) in trained or not torch.equal(held.cpu(), value.to(held.dtype)):
                 moved[name] = value
         if not wrong:
             self._refuse_tied(tree, moved)

@@ -53,6 +53,8 @@ _MEANINGS = {
     "GP503": "the target's forward is never called, so a change there would do nothing",
     "GP631": "there is no adapter, or none that a reader could open",
     "GP641": "the files of the base cannot be read",
+    "GP644": "an adapter cannot be merged into a checkpoint, since it does something else than change weights",
+    "GP645": "the model of a checkpoint has to be known, and transformers is not there or does not know it",
     "GP633": "a reader refuses the adapter, or misreads it",
 }
 """For codes whose titles are put together elsewhere."""

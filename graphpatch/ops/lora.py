@@ -53,11 +53,13 @@ class Lora(Op):
     mean W - s B0 A0 + s B A, with B0 and A0 what the factors started from. The weight is not touched: B0 and A0 are
     kept (the buffers `lora_B_init` and `lora_A_init`, saved with the adapter) and y = W x + b + s (B A - B0 A0) x, so
     nothing is to be put back, base checkpoints fit, and the whole is a plain LoRA of twice the rank. With
-    `init="orthogonal"` both factors are random, and B A = 0.
+    `init="orthogonal"` both factors are random, and B A = 0. With `init="eva"`, A starts from the principal directions
+    of the inputs that `apply(model, rules, batches=...)` lets it see; ranks are not shared out anew, as PEFT can.
 
     Hu et al., LoRA, arXiv:2106.09685, section 4.1. Kalajdzievski, rsLoRA, arXiv:2312.03732, section 3. Liu et al.,
     DoRA, arXiv:2402.09353, section 4. Meng et al., PiSSA, arXiv:2404.02948. Büyükakyüz, OLoRA, arXiv:2406.01775.
-    Embeddings and convolutions as in PEFT 0.21, peft/tuners/lora/layer.py, but for groups and dropout on embeddings.
+    Paischer et al., EVA, arXiv:2410.07170. Embeddings and convolutions as in PEFT 0.21, peft/tuners/lora/layer.py, but
+    for groups and dropout on embeddings.
     """
 
     accepts: ClassVar = {
@@ -79,7 +81,7 @@ class Lora(Op):
     """The numerator of the scale; where none is given it is the rank, so the scale is 1."""
     dropout: Share = 0.0
     use_rslora: Flag = False
-    init: Literal["kaiming", "gaussian", "pissa", "olora", "orthogonal"] = "kaiming"
+    init: Literal["kaiming", "gaussian", "pissa", "olora", "orthogonal", "eva"] = "kaiming"
     """Of A: uniform in +-1/sqrt(in), as `nn.Linear` has it (in: times the kernel's size in a convolution), or normal
     with a deviation of 1/rank; or one of those told of above, for linears. Embeddings have one of their own."""
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
@@ -130,10 +132,6 @@ class Lora(Op):
     def started(self) -> tuple[str, ...]:
         """The names of the buffers that remember what A and B started from, where they must."""
         return (self.key("lora_A_init"), self.key("lora_B_init")) if self.init in OF_THE_WEIGHT else ()
-
-    @property
-    def needs_batches(self) -> bool:
-        return self.init == "eva"
 
     def slots(self) -> frozenset[str]:
         return frozenset({f"lora:{self.adapter}" if self.adapter else "lora"})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from .change import Change, InPlaceChange, ModuleChange
 from .drift import bind, unwrapped
 from .grads import set_flags, set_single_flags
 from .imports import brief
+from .observe import observe
 from .patch import Patch, adapter_changes, patches, undo
 from .preflight import Preflight
 from .record import JOURNALS, Journal, journals_of
@@ -35,12 +36,15 @@ def apply(
     *,
     adapter: str | None = None,
     allow_import: str | Sequence[str] = (),
+    batches: Iterable[Any] | None = None,
     **params: Any,
 ) -> Patch:
     """Plan `rules` (a file, a packaged name, or what `load` and `parse` give) against `model`, and apply the plan.
 
     `params` are the values of the rules' params; `adapter` names the adapter they add; `allow_import` are patterns of
     import paths (`"mypkg.*"`) that `replace` and `wrap` may import. What the plan warns of is warned of here.
+    `batches` are for ops that start from data (`lora(init="eva")`): each is a dict of keyword arguments, a tuple or list
+    of positional ones, or a single value; they are run once, in eval mode without gradients, before anything changes.
 
     Raises `RuleError`, `PlanError` or `ApplyError`; then nothing has changed.
     """
@@ -56,10 +60,17 @@ def apply(
     for diagnostic in plan.warnings:
         warnings.warn(diagnostic.render(), stacklevel=2)
     # The tree was taken of this model a moment ago: no need to ask whether it still holds.
-    return _carried(plan, model) or _carry_out(plan, model, plan.tree, plan.allow_import, fresh=True)
+    return _carried(plan, model) or _carry_out(plan, model, plan.tree, plan.allow_import, fresh=True, batches=batches)
 
 
-def apply_plan(plan: Plan, model: nn.Module, allow_import: Sequence[str] = (), *, initialise: bool = True) -> Patch:
+def apply_plan(
+    plan: Plan,
+    model: nn.Module,
+    allow_import: Sequence[str] = (),
+    *,
+    initialise: bool = True,
+    batches: Iterable[Any] | None = None,
+) -> Patch:
     """Change `model` as `plan` says and return the handle; the same handle where the model carries this plan already.
 
     Without `initialise` what is added has no values yet, for a caller that brings them.
@@ -68,7 +79,8 @@ def apply_plan(plan: Plan, model: nn.Module, allow_import: Sequence[str] = (), *
     """
     known = _carried(plan, model)
     allowed = (*plan.allow_import, *allow_import)
-    return known or _carry_out(plan, model, bind(plan.tree, model), allowed, initialise=initialise)
+    tree = bind(plan.tree, model) if known is None else plan.tree
+    return known or _carry_out(plan, model, tree, allowed, initialise=initialise, batches=batches)
 
 
 def _carried(plan: Plan, model: nn.Module) -> Patch | None:
@@ -84,13 +96,14 @@ def _carry_out(
     allow_import: Sequence[str],
     fresh: bool = False,
     initialise: bool = True,
+    batches: Iterable[Any] | None = None,
 ) -> Patch:
     root = unwrapped(model)
     nodes = [node for step in plan.steps for node in step.nodes]
     refuse_selected(model)
     refuse_distributed(model, tree, nodes)
     changes = Preflight(plan.id, tree, plan.grads, allow_import, fresh, initialise).changes(plan.steps)
-
+    observe(model, changes, batches, tree.paths)
     _join(changes, root)
 
     journal = Journal(plan.id, plan.record, tree.names, tree.parents)

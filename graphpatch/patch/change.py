@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
@@ -72,6 +72,8 @@ class InPlaceChange:
     """Within `switched_off`, whatever `active` says."""
     merged: bool = False
     """What it does is in the weights."""
+    seen: Sequence[Any] = ()
+    """Per module, what was seen of its inputs, where the values come from data."""
 
     def do(self) -> None:
         # The loop that every target goes through: nothing is looked up twice, and what is the same as it was for the
@@ -112,6 +114,8 @@ class InPlaceChange:
                 tensors = {name: registered[name] for name in self.added}
             if self.factories and self.initialise and not device.type == "meta":
                 self.mixin.initialise(self.entry, tensors, module)
+                if self.seen:
+                    self.mixin.learn(self.entry, tensors, self.seen[at])
             key = (module.__class__, id(own.get(RECORD)))
             state = states.get(key) or self._with(module, states, key)
             own[attribute], own[RECORD] = state.entries, state.record
@@ -119,7 +123,7 @@ class InPlaceChange:
                 set_class(module, state.cls)
             else:
                 put_class(module, "__class__", state.cls)
-        self.factories, self.devices, self.look = [], [], None
+        self.factories, self.devices, self.look, self.seen = [], [], None, ()
 
     def _with(self, module: nn.Module, states: dict[Any, _State], key: Any) -> _State:
         before = record_of(module)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
@@ -180,15 +180,22 @@ class Plan:
             "fingerprint": self.tree.fingerprint,
         }
 
-    def apply(self, model: torch.nn.Module, allow_import: str | Sequence[str] = ()) -> Patch:
+    def apply(
+        self,
+        model: torch.nn.Module,
+        allow_import: str | Sequence[str] = (),
+        *,
+        batches: Iterable[Any] | None = None,
+    ) -> Patch:
         """Carry the plan out on `model`.
 
         `allow_import` is added to what was permitted when planning; a plan that was read from a file permits nothing.
+        `batches` are for ops that start from data, as `graphpatch.apply` has it.
         Raises `ApplyError` where the model is not the one planned for (with the difference) or cannot be changed;
         nothing is changed then.
         """
         # The one door to a lower room: the room that mutates is opened only when something is to be mutated.
-        return import_module("graphpatch.patch.apply").apply_plan(self, model, patterns(allow_import))
+        return import_module("graphpatch.patch.apply").apply_plan(self, model, patterns(allow_import), batches=batches)
 
     def refreeze(self, model: torch.nn.Module) -> NewTree | None:
         """The freeze and train rules again, on the patched model as it stands: modules that an op brought in

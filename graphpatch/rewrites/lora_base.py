@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..ops.lora import Lora
 from ..ops.op import Op
 from .dora import row_norms
+from .eva import Directions, Seen
 from .lora_init import STARTS
 from .merging import LowRank, Merging
 from .rewrite import InPlace
@@ -38,8 +39,12 @@ class Adapter(NamedTuple):
     out of the weight stays there, and is taken from the update."""
     iterations: int | None = None
     """Of the decomposition that `init` makes."""
+<<<<<<< HEAD
     parameter: str | None = None
     """Which of the module's parameters gains s B A, where that was the target."""
+=======
+    rank: int = 0
+>>>>>>> a1114b5 (EVA: factors start from the inputs that apply's batches show, looked at before anything changes)
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -84,7 +89,11 @@ class LoraModule(InPlace):
             magnitude=lora.key("lora_magnitude") if lora.dora else "",
             started=lora.started,
             iterations=lora.iterations,
+<<<<<<< HEAD
             parameter=parameter,
+=======
+            rank=lora.rank,
+>>>>>>> a1114b5 (EVA: factors start from the inputs that apply's batches show, looked at before anything changes)
         )
 
     @classmethod
@@ -106,6 +115,14 @@ class LoraModule(InPlace):
     @classmethod
     def _start(cls, entry: Adapter, a: Tensor, b: Tensor, module: nn.Module) -> None:
         STARTS[entry.init](a, b, entry.scale, lambda: cls.matrix(module), entry.iterations)
+
+    @classmethod
+    def observer(cls, entry: Adapter) -> Directions | None:
+        return Directions(entry.rank) if entry.init == "eva" else None
+
+    @classmethod
+    def learn(cls, entry: Adapter, tensors: Mapping[str, Tensor], seen: Seen) -> None:
+        tensors[entry.a].copy_(seen.directions[: entry.rank])
 
     @staticmethod
     def matrix(module: nn.Module) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -17,6 +17,20 @@ if TYPE_CHECKING:
     _Module = nn.Module
 else:
     _Module = object
+
+
+class Observer(Protocol):
+    """Looks at the inputs of one module, for an op that starts from data. It has an equality and no state of its own:
+    what was seen is a value, None at first, so that modules that are given the same inputs share it."""
+
+    def see(self, state: Any, rows: torch.Tensor) -> Any:
+        """The state after these rows (n x features) of an input too."""
+
+    def settled(self, state: Any) -> bool:
+        """Whether more rows would tell nothing new."""
+
+    def lacks(self, state: Any) -> str:
+        """Why what was seen is not enough, in a sentence; empty where it is."""
 
 
 class InPlace(_Module):
@@ -53,6 +67,15 @@ class InPlace(_Module):
     def initialise(cls, entry: Any, tensors: Mapping[str, torch.Tensor], module: nn.Module) -> None:
         """Fill the parameters and buffers that the op adds to `module`, given by name; nothing else of it may change.
         Never called on the meta device, nor where an adapter's file brings the values."""
+
+    @classmethod
+    def observer(cls, entry: Any) -> Observer | None:
+        """What must have seen the target's inputs before `learn` is called; None for an op that needs no data."""
+        return None
+
+    @classmethod
+    def learn(cls, entry: Any, tensors: Mapping[str, torch.Tensor], seen: Any) -> None:
+        """After `initialise`: fill what the observer's last state tells of."""
 
     @classmethod
     def merging(

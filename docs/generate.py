@@ -48,6 +48,7 @@ _MEANINGS = {
     "GP410": "an op refuses a target, and says why",
     "GP424": "an op changes a weight that another module shares, and would change one use of it alone",
     "GP545": "the model has no adapter of this name",
+    "GP525": "an argument of `combine` is wrong, or has no effect with this method",
     "GP547": "adapters cannot be chosen for each sample: a module cannot tell the samples of a batch apart",
     "GP456": "a parameter is no stack of experts whose use `lora` knows",
     "GP503": "the target's forward is never called, so a change there would do nothing",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .patch.adapters import Adapters as Adapters
     from .patch.adapters import adapters as adapters
     from .patch.apply import apply as apply
+    from .patch.combine import combine as combine
     from .patch.patch import Patch as Patch
     from .patch.patch import patches as patches
     from .patch.walk import walk as walk
@@ -53,6 +54,7 @@ _HOME = {
     "accept": "ops.registry",
     "adapters": "patch.adapters",
     "apply": "patch.apply",
+    "combine": "patch.combine",
     "explain": "plan.explain",
     "from_peft": "checkpoint.peft.rules",
     "load": "plan.ruleset",

@@ -12,13 +12,13 @@ from torch import nn
 from ..lang.diagnostics import Diagnostic, Error
 from ..patch.apply import apply_plan
 from ..patch.drift import unwrapped
+from ..patch.original import unmarked
 from ..patch.patch import Patch, patches
 from ..plan.plan import Plan
 from ..tree.tree import Tensor, Tree
 from .base import check_base
 from .fill import fill, random_state_kept, warn_of_moved
 from .manifest import Manifest
-from .save import unmarked
 from .saved import Saved
 from .tensors import (
     Named,

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from .. import __version__
+from ..patch.original import original_plan
 from ..patch.patch import Patch
 from ..plan.plan import Plan, Step
-from ..plan.ruleset import RuleSet
 from ..tree.compress import compress
 from ..tree.tree import Tree
 from .base import weights_hash
@@ -66,19 +66,6 @@ def save_adapter(patch: Patch, directory: str | PathLike[str], *, hash_base: boo
         return manifest.model_copy(update={"tensors": manifest.tensors.model_copy(update={"sha256": digest})})
 
     write_pair(Path(directory), tensors, with_digest)
-
-
-def original_plan(patch: Patch) -> Plan:
-    """The patch's plan, made anew against the model as it was before any patch."""
-    record = patch.record
-    rules = RuleSet.from_json(json.dumps(record["rules"]))
-    tree = unmarked(Tree.of(patch.model))
-    return rules.plan(tree, adapter=record["adapter"], allow_import=record["allow_import"])
-
-
-def unmarked(tree: Tree) -> Tree:
-    """The tree as if no patch were there."""
-    return replace(tree, marks={})
 
 
 def changes_of(plan: Plan) -> list[Change]:

@@ -76,12 +76,7 @@ class Adapters:
         sum. Of DoRA, which is no sum, the number multiplies the scale inside; 0 switches any kind off.
         Raises `ApplyError`: GP545 for an unknown name, GP546 for a number that is not finite.
         """
-        changes = self._known(weights or {})
-        for name, weight in (weights or {}).items():
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-                raise ApplyError(
-                    Diagnostic("GP546", f"{weight!r} is no weight for {_quoted(name)}: a finite number is")
-                )
+        changes = self.check_weights(weights or {})
         if weights:
             refuse_selected(self.model)
             _refuse_merged(changes)
@@ -91,6 +86,14 @@ class Adapters:
                     change.weight = float(weight)
                     change.show()
         return {name: held[0].weight for name, held in self._changes().items()}
+
+    def check_weights(self, weights: Mapping[Name, float]) -> dict[Name, list[InPlaceChange]]:
+        """What the named adapters are made of; raises as `weights` does."""
+        changes = self._known(weights)
+        for name, weight in weights.items():
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+                raise ApplyError(Diagnostic("GP546", f"{weight!r} is no weight for {quoted(name)}: a finite number is"))
+        return changes
 
     @contextmanager
     def per_sample(self, rows: Sequence[Row]) -> Iterator[None]:
@@ -125,7 +128,7 @@ class Adapters:
                 raise ApplyError(
                     Diagnostic(
                         "GP546",
-                        f"{_quoted(next(iter(leaving)))} came with {', '.join(map(_quoted, staying))} in one patch",
+                        f"{quoted(next(iter(leaving)))} came with {', '.join(map(quoted, staying))} in one patch",
                         fixes=("delete both, or switch this one off: adapters(model).deactivate(...)",),
                     )
                 )
@@ -157,7 +160,7 @@ class Adapters:
     def __repr__(self) -> str:
         active, weights = self.active, self.weights()
         said = [
-            _quoted(name)
+            quoted(name)
             + ("" if weights[name] == 1.0 else f" x {weights[name]:g}")
             + ("" if name in active else " off")
             for name in weights
@@ -179,17 +182,17 @@ def _refuse_merged(changes: Mapping[Name, Iterable[InPlaceChange]]) -> None:
     for name, held in changes.items():
         if any(change.merged for change in held):
             fix = "take it out first: patch.unmerge()"
-            raise ApplyError(Diagnostic("GP546", f"{_quoted(name)} is merged into the weights", fixes=(fix,)))
+            raise ApplyError(Diagnostic("GP546", f"{quoted(name)} is merged into the weights", fixes=(fix,)))
 
 
-def _quoted(name: object) -> str:
+def quoted(name: object) -> str:
     return "the unnamed adapter" if name is None else f"`{name}`"
 
 
 def _unknown(name: object, known: Iterable[Name]) -> ApplyError:
     names = [n for n in known if n is not None]
     near = did_you_mean(name, names) if isinstance(name, str) else "names are strings, one an argument"
-    there = ", ".join(map(_quoted, known)) or "none"
+    there = ", ".join(map(quoted, known)) or "none"
     title = f"this model has no adapter called `{name}`" if name is not None else "this model has no unnamed adapter"
     return ApplyError(Diagnostic("GP545", title, text=(f"there: {there}",), fixes=(near,) if near else ()))
 

@@ -9,10 +9,10 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..checkpoint.intact import refuse_outgrown
-from ..checkpoint.save import original_plan
 from ..checkpoint.tensors import added_tensors
 from ..lang.diagnostics import Diagnostic, Error
 from ..patch.drift import unwrapped
+from ..patch.original import original_plan
 from ..patch.patch import Patch, patches
 from .adapter_only import attach, detach, end_admission
 from .folder import write

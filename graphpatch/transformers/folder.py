@@ -21,9 +21,10 @@ from torch import nn
 from ..checkpoint.changes import difference
 from ..checkpoint.manifest import Change
 from ..checkpoint.moved import brought
-from ..checkpoint.save import changes_of, original_plan, save_adapter
+from ..checkpoint.save import changes_of, save_adapter
 from ..checkpoint.tensors import Named, added_tensors, check, copied_out, moved_tensors, put
 from ..lang.diagnostics import Diagnostic, Error
+from ..patch.original import original_plan
 from ..patch.patch import Patch, patches
 from ..plan.plan import Plan
 

@@ -14,11 +14,11 @@ import torch
 
 from ...lang.diagnostics import Diagnostic, Error
 from ...ops.lora import Lora
+from ...patch.original import original_plan
 from ...patch.patch import Patch
 from ...plan.plan import Plan
 from ...tree.tree import Tree
 from ..moved import brought
-from ..save import original_plan
 from ..tensors import Named, added_tensors, copied_out, journal_of, moved_tensors
 from .config import config_of
 from .files import write_files

@@ -12,13 +12,13 @@ from torch import nn
 from ...lang.diagnostics import Diagnostic, Error
 from ...patch.apply import apply_plan
 from ...patch.drift import unwrapped
+from ...patch.original import unmarked
 from ...patch.patch import Patch, patches
 from ...plan.freeze import TRAIN
 from ...plan.plan import Plan
 from ...plan.ruleset import RuleSet
 from ...tree.tree import Tree
 from ..fill import fill, random_state_kept, warn_of_moved
-from ..save import unmarked
 from ..tensors import Named, base_place, on_meta, tensor_at
 from .config import LoraConfig, read_config
 from .files import read_tensors

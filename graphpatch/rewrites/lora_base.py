@@ -39,12 +39,9 @@ class Adapter(NamedTuple):
     out of the weight stays there, and is taken from the update."""
     iterations: int | None = None
     """Of the decomposition that `init` makes."""
-<<<<<<< HEAD
     parameter: str | None = None
     """Which of the module's parameters gains s B A, where that was the target."""
-=======
     rank: int = 0
->>>>>>> a1114b5 (EVA: factors start from the inputs that apply's batches show, looked at before anything changes)
 
     @property
     def tensors(self) -> tuple[str, ...]:
@@ -89,11 +86,8 @@ class LoraModule(InPlace):
             magnitude=lora.key("lora_magnitude") if lora.dora else "",
             started=lora.started,
             iterations=lora.iterations,
-<<<<<<< HEAD
             parameter=parameter,
-=======
             rank=lora.rank,
->>>>>>> a1114b5 (EVA: factors start from the inputs that apply's batches show, looked at before anything changes)
         )
 
     @classmethod

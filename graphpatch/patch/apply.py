@@ -43,8 +43,8 @@ def apply(
 
     `params` are the values of the rules' params; `adapter` names the adapter they add; `allow_import` are patterns of
     import paths (`"mypkg.*"`) that `replace` and `wrap` may import. What the plan warns of is warned of here.
-    `batches` are for ops that start from data (`lora(init="eva")`): each is a dict of keyword arguments, a tuple or list
-    of positional ones, or a single value; they are run once, in eval mode without gradients, before anything changes.
+    `batches` are for ops that start from data (`lora(init="eva")`): each is a dict of keyword arguments, a tuple or
+    list of positional ones, or a single value. They are run once, in eval mode without gradients, before all else.
 
     Raises `RuleError`, `PlanError` or `ApplyError`; then nothing has changed.
     """

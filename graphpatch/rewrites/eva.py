@@ -1,4 +1,4 @@
-"""EVA: A starts from the principal directions of the inputs it will see. Paischer et al., arXiv:2410.07170, section 3."""
+"""EVA: A starts from the principal directions of the inputs it will see. Paischer et al., arXiv:2410.07170."""
 
 from __future__ import annotations
 

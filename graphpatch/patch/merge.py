@@ -16,7 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from ..lang.diagnostics import ApplyError, Diagnostic
-from ..rewrites.merging import blocks, exact_arithmetic, look_at_all, merge_blocks, not_finite, working_dtype, workspace
+from ..rewrites.merging import (
+    blocks,
+    exact_arithmetic,
+    look_at_all,
+    merge_blocks,
+    not_finite,
+    spans,
+    working_dtype,
+    workspace,
+)
 from .change import InPlaceChange
 from .mergeable import Weight, weights_of
 from .record import Journal, Merged, Place
@@ -238,9 +247,9 @@ def _merge_rows(weight: Weight, matrix: Tensor, write: Callable[[int, Tensor], o
     def read(start: int, stop: int) -> Tensor:
         return workspace("rows", stop - start, matrix.shape[1], dtype, matrix.device).copy_(matrix[start:stop])
 
-    spans = list(blocks(*matrix.shape))
-    look_at_all(weight.mergings, spans, read)
-    merge_blocks(weight.mergings, spans, read, write)
+    where = spans(weight.mergings, 0, len(matrix))
+    look_at_all(weight.mergings, where, read)
+    merge_blocks(weight.mergings, where, read, write)
 
 
 def _merge_again(root: nn.Module, journal: Journal, others: Sequence[Journal]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -39,6 +40,10 @@ class RowsToLengths(Merging):
     def __init__(self, gained: LowRank, magnitude: Tensor):
         self.gained, self.magnitude, self.columns = gained, magnitude, gained.columns
 
+    @property
+    def cuts(self) -> Sequence[int]:
+        return self.gained.cuts
+
     def rows(self, rows: Tensor, start: int) -> Tensor:
         rows = self.gained.rows(rows, start)
         lengths = self.magnitude[start : start + len(rows)].to(rows.dtype)
@@ -56,6 +61,10 @@ class ColumnsToLengths(Merging):
     def __init__(self, gained: LowRank, magnitude: Tensor):
         self.gained, self.magnitude, self.columns = gained, magnitude, gained.columns
         self._squares: Tensor | float = 0.0
+
+    @property
+    def cuts(self) -> Sequence[int]:
+        return self.gained.cuts
 
     def look(self, rows: Tensor, start: int) -> None:
         before = self._squares if start else 0.0

@@ -9,6 +9,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -37,6 +38,11 @@ class Merging:
     columns: int
     looks: ClassVar[bool] = False
     """Whether it must have seen all rows before it can say what one becomes (a norm over columns)."""
+
+    @property
+    def cuts(self) -> Sequence[int]:
+        """Rows at which another product begins: no block goes across."""
+        return ()
 
     def look(self, rows: Tensor, start: int) -> None:
         """See the rows from `start` on, as `rows` gets them. Called for all of them first, in order, where `looks`;
@@ -73,6 +79,10 @@ class LowRank(Merging):
         """One product for the whole parameter."""
         return cls((Product(left, right),), scale, right.shape[1])
 
+    @property
+    def cuts(self) -> Sequence[int]:
+        return [row for product in self.products for row in (product.row, product.row + len(product.left))]
+
     def rows(self, rows: Tensor, start: int) -> Tensor:
         stop = start + len(rows)
         for left, right, row, column in self.products:
@@ -92,6 +102,14 @@ class LowRank(Merging):
             abs(self.scale) * left.shape[1] * _largest(left) * _largest(right) for left, right, *_ in self.products
         )
         return largest + sum(gains)
+
+
+def spans(mergings: Sequence[Merging], first: int, last: int) -> list[tuple[int, int]]:
+    """The (start, stop) of the blocks in which the rows from `first` to `last` of a parameter are merged."""
+    cuts = {cut for merging in mergings for cut in merging.cuts if first < cut < last}
+    edges = [first, *sorted(cuts), last]
+    columns = mergings[0].columns
+    return [(low + a, low + b) for low, high in pairwise(edges) for a, b in blocks(high - low, columns)]
 
 
 def blocks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
@@ -117,19 +135,19 @@ Read = Callable[[int, int], Tensor]
 """From start and stop to a copy of these rows, in `working_dtype`."""
 
 
-def merge_blocks(mergings: Sequence[Merging], spans: Spans, read: Read, write: Callable[[int, Tensor], object]) -> None:
+def merge_blocks(mergings: Sequence[Merging], where: Spans, read: Read, write: Callable[[int, Tensor], object]) -> None:
     """Merge all of them into the rows of one parameter, one after the other without rounding in between;
     `write(start, rows)` gets what the rows become, still in `working_dtype`."""
     with torch.no_grad():
-        for start, stop in spans:
+        for start, stop in where:
             write(start, _become(mergings, read(start, stop), start))
 
 
-def look_at_all(mergings: Sequence[Merging], spans: Spans, read: Read) -> None:
+def look_at_all(mergings: Sequence[Merging], where: Spans, read: Read) -> None:
     """Before that: show those of them that must see all rows first what they will get."""
     with torch.no_grad():
         for number, merging in enumerate(mergings):
-            for start, stop in spans if merging.looks else ():
+            for start, stop in where if merging.looks else ():
                 merging.look(_become(mergings[:number], read(start, stop), start), start)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...lang.diagnostics import Diagnostic, Error
-from ...rewrites.merging import blocks, look_at_all, merge_blocks, not_finite, working_dtype, workspace
+from ...rewrites.merging import look_at_all, merge_blocks, not_finite, spans, working_dtype, workspace
 from ..base_files import BaseFiles, Slot, read_into
 from .pieces import Piece
 from .updates import Updates
@@ -80,7 +80,7 @@ class Writer:
         if any(m.looks for m in mergings) and piece.name not in self._looked:
             self._look(piece.name)
         dtype = working_dtype(slot.dtype)
-        spans = [(piece.row + a, piece.row + b) for a, b in blocks(piece.rows, piece.columns)]
+        where = spans(mergings, piece.row, piece.row + piece.rows)
 
         def read(start: int, stop: int) -> Tensor:
             rows = workspace("rows", stop - start, piece.columns, dtype, torch.device("cpu"))
@@ -93,7 +93,7 @@ class Writer:
                 raise _infinite(piece.name, not_finite(self._rows(slot, piece, width, start, start + len(rows))))
             self._put(new, slot.offset + (piece.file_row + start - piece.row) * width, target)
 
-        merge_blocks(mergings, spans, read, write)
+        merge_blocks(mergings, where, read, write)
 
     def _rows(self, slot: Slot, piece: Piece, width: int, start: int, stop: int) -> Tensor:
         """Rows of a parameter within a piece, as the base has them."""
@@ -123,12 +123,12 @@ class Writer:
             slot = self.base.slots[tensor]
             width = slot.nbytes // _numel(slot) * piece.columns
             dtype = working_dtype(slot.dtype)  # type: ignore[arg-type]
-            spans = [(piece.row + a, piece.row + b) for a, b in blocks(piece.rows, piece.columns)]
+            where = spans(self.updates.mergings[name], piece.row, piece.row + piece.rows)
 
             def read(start: int, stop: int, slot=slot, piece=piece, width=width, dtype=dtype) -> Tensor:  # type: ignore[no-untyped-def]
                 return self._rows(slot, piece, width, start, stop).to(dtype, copy=True)
 
-            look_at_all(self.updates.mergings[name], spans, read)
+            look_at_all(self.updates.mergings[name], where, read)
 
     def _put(self, rows: Tensor, offset: int, target: BinaryIO) -> None:
         data = rows.view(-1).view(torch.uint8).numpy().data

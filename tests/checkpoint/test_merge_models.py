@@ -1,0 +1,195 @@
+"""Merging on disk for models of transformers, whose files have names and shapes of their own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import nn
+
+import graphpatch
+from tests.patch.common import patch, randomise
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+EXPERTS = "patch {gate_up,down}_proj:Parameter with lora(rank=2)\nfreeze ** except @new"
+ATTENTION = "patch self_attn.*:Linear with lora(rank=4, alpha=2)\nfreeze ** except @new"
+
+MODELS: dict[str, Any] = {
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)),
+    "tied": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, tie_word_embeddings=True)),
+    "mixtral": lambda: transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES, num_local_experts=4)),
+    "qwen3 moe": lambda: transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**SIZES, **MOE)),
+    "gpt-oss": lambda: transformers.GptOssForCausalLM(
+        transformers.GptOssConfig(**SIZES, num_local_experts=4, head_dim=8)
+    ),
+    "deepseek v3": lambda: transformers.DeepseekV3ForCausalLM(
+        transformers.DeepseekV3Config(
+            **{**SIZES, "num_key_value_heads": 4},
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=24,
+            first_k_dense_replace=1,
+            n_group=2,
+            topk_group=1,
+            q_lora_rank=8,
+            kv_lora_rank=8,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=8,
+            v_head_dim=8,
+        )
+    ),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=99)
+    ),
+    "t5": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=99)
+    ),
+}
+
+
+def saved(folder: Path, name: str, text: str, **options: Any) -> nn.Module:
+    """The base and an adapter in `folder`; returns the model, merged in memory."""
+    torch.manual_seed(0)
+    model = MODELS[name]().bfloat16()
+    model.save_pretrained(folder / "base", **options)
+    made = patch(model, text)
+    randomise(made)
+    graphpatch.save_adapter(made, folder / "adapter")
+    made.bake()
+    return model
+
+
+def loaded(folder: Path, model: nn.Module) -> dict[str, torch.Tensor]:
+    return type(model).from_pretrained(folder, dtype=torch.bfloat16).state_dict()
+
+
+def unequal(folder: Path, model: nn.Module) -> list[str]:
+    found, want = loaded(folder, model), model.state_dict()
+    assert found.keys() == want.keys()
+    return [name for name in want if not torch.equal(found[name], want[name])]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "options"),
+    [
+        (
+            "llama",
+            "patch :Linear with lora(rank=4)\ntrain :*Norm\nfreeze ** except @new | :*Norm",
+            {"max_shard_size": "30KB"},
+        ),
+        ("tied", "patch layers[*].**:Linear with lora(rank=4)\nfreeze ** except @new", {}),
+        ("mixtral", ATTENTION, {}),
+        ("mixtral", EXPERTS, {"max_shard_size": "30KB"}),
+        ("qwen3 moe", ATTENTION, {}),
+        ("qwen3 moe", EXPERTS, {}),
+        ("gpt-oss", EXPERTS, {}),
+        ("deepseek v3", "patch {gate,up,down}_proj:Linear with lora(rank=2)\n" + EXPERTS, {}),
+        ("gpt2", "patch c_attn with lora(rank=2, dora=true)\nfreeze ** except @new", {}),
+        ("t5", "patch {q,v} with lora(rank=2)\nfreeze ** except @new", {}),
+    ],
+)
+def test_from_pretrained_reads_the_merged_model(tmp_path, name, text, options):
+    model = saved(tmp_path, name, text, **options)
+    base = loaded(tmp_path / "base", model)
+    graphpatch.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert unequal(tmp_path / "out", model) == []
+    changed = sum(not torch.equal(base[key], tensor) for key, tensor in model.state_dict().items())
+    assert changed >= 2
+    names = [set().union(*(load_file(f) for f in (tmp_path / d).glob("*.safetensors"))) for d in ("base", "out")]
+    assert names[0] == names[1]
+
+
+def test_an_expert_is_in_the_file_that_holds_it(tmp_path):
+    saved(tmp_path, "mixtral", EXPERTS)
+    graphpatch.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    base, out = (load_file(tmp_path / d / "model.safetensors") for d in ("base", "out"))
+    factors = load_file(tmp_path / "adapter" / "adapter.safetensors")
+    a, b = (factors[f"model.layers.1.mlp.experts.gate_up_proj_lora_{x}"] for x in "AB")
+    delta = b[2] @ a[2]  # expert 2: gate, then up
+    for key, rows in (("w1", delta[:48]), ("w3", delta[48:])):
+        name = f"model.layers.1.block_sparse_moe.experts.2.{key}.weight"
+        assert torch.equal(out[name], (base[name].float() + rows).bfloat16())
+    assert torch.equal(*(t["model.layers.1.block_sparse_moe.gate.weight"] for t in (base, out)))
+
+
+def test_the_model_inside_has_the_names_less_a_prefix(tmp_path):
+    model = saved(tmp_path, "llama", "patch layers[*].**:Linear with lora(rank=4)\nfreeze ** except @new")
+    torch.manual_seed(0)
+    MODELS["llama"]().bfloat16().model.save_pretrained(tmp_path / "inner")
+    # The head is not there, and the adapter was made on a model that has one.
+    with pytest.raises(graphpatch.Error) as caught:
+        graphpatch.merge_checkpoint(tmp_path / "inner", tmp_path / "adapter", tmp_path / "out")
+    assert caught.value.code == "GP642" and "lm_head.weight   missing" in str(caught.value)
+    inner = transformers.LlamaModel.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    made = patch(inner, "patch layers[*].**:Linear with lora(rank=4)\nfreeze ** except @new")
+    randomise(made)
+    graphpatch.save_adapter(made, tmp_path / "other")
+    made.bake()
+    graphpatch.merge_checkpoint(tmp_path / "base", tmp_path / "other", tmp_path / "out")
+    found = transformers.LlamaModel.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(found[name], t) for name, t in inner.state_dict().items())
+    assert model is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {"r": 4, "target_modules": "all-linear"}),
+        (
+            "llama",
+            {"r": 4, "target_modules": ["q_proj", "embed_tokens"], "rank_pattern": {"q_proj": 2}, "use_rslora": True},
+        ),
+        ("llama", {"r": 4, "target_modules": ["q_proj"], "use_dora": True, "modules_to_save": ["lm_head"]}),
+        ("gpt2", {"r": 4, "target_modules": ["c_attn"], "fan_in_fan_out": True}),
+        ("mixtral", {"r": 4, "target_modules": ["q_proj", "v_proj"]}),
+    ],
+)
+def test_adapters_of_peft_become_what_peft_makes_of_them(tmp_path, name, options):
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    model.save_pretrained(tmp_path / "base")
+    theirs = peft.get_peft_model(model, peft.LoraConfig(lora_alpha=6, **options))
+    with torch.no_grad():
+        for key, parameter in theirs.named_parameters():
+            if "lora_" in key or "modules_to_save" in key:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    theirs.save_pretrained(tmp_path / "adapter")
+    merged = theirs.merge_and_unload()
+    graphpatch.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    found = type(model).from_pretrained(tmp_path / "out").state_dict()
+    want = merged.state_dict()
+    assert found.keys() == want.keys()
+    for key, tensor in want.items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-6, atol=1e-6)
+
+
+def test_an_adapter_of_peft_needs_a_base_that_says_what_it_is(tmp_path):
+    torch.manual_seed(0)
+    model = MODELS["llama"]()
+    model.save_pretrained(tmp_path / "base")
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    config = tmp_path / "base" / "config.json"
+    said = json.loads(config.read_text())
+    for content, word in (
+        ("", "no config.json"),
+        (json.dumps({**said, "architectures": ["NoSuchModel"]}), "NoSuchModel"),
+        (json.dumps({**said, "hidden_size": "wide"}), "cannot be built"),
+    ):
+        config.write_text(content)
+        with pytest.raises(graphpatch.Error) as caught:
+            graphpatch.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+        assert caught.value.code == "GP645" and word in str(caught.value)

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from .checkpoint.peft.export import to_peft as to_peft
     from .checkpoint.peft.load import load_peft as load_peft
     from .checkpoint.peft.rules import from_peft as from_peft
+    from .checkpoint.readers.export import export_adapter as export_adapter
+    from .checkpoint.readers.validate import validate_adapter as validate_adapter
     from .checkpoint.save import save_adapter as save_adapter
     from .lang.diagnostics import ApplyError as ApplyError
     from .lang.diagnostics import Diagnostic as Diagnostic
@@ -56,6 +58,7 @@ _HOME = {
     "apply": "patch.apply",
     "combine": "patch.combine",
     "explain": "plan.explain",
+    "export_adapter": "checkpoint.readers.export",
     "from_peft": "checkpoint.peft.rules",
     "load": "plan.ruleset",
     "load_adapter": "checkpoint.load",
@@ -68,6 +71,7 @@ _HOME = {
     "save_adapter": "checkpoint.save",
     "select": "plan.select",
     "to_peft": "checkpoint.peft.export",
+    "validate_adapter": "checkpoint.readers.validate",
     "walk": "patch.walk",
 }
 

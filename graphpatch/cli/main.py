@@ -23,6 +23,7 @@ COMMANDS = {
     "diff": "what differs between two models, renames included",
     "validate": "which servers read an adapter, which refuse or misread it, and does it have an effect?",
     "merge": "a checkpoint with an adapter merged into its weights, tensor by tensor, without the model",
+    "export": "write an adapter as a server reads it",
     "ops": "the ops that a rule can name, and their arguments",
     "rules": "the rule files that come with graphpatch",
 }
@@ -32,7 +33,7 @@ EXIT_CODES = """\
 exit codes:
   0  check, validate: nothing found; plan: planned; match: something matched; diff: no difference
   1  check, plan, explain: something is wrong with the rules; match: no match; diff: they differ;
-     validate: a reader refuses or misreads the adapter, or a part of it has no effect
+     validate: a reader refuses or misreads the adapter, or a part of it has no effect; export: it would be so
   2  could not run; but `plan`: 1, since `plan --exit-code` says 2 where there is something to change"""
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..checkpoint.readers.adapter import Adapter
 from ..checkpoint.readers.table import READERS
-from ..checkpoint.readers.validate import Report, readers_of, validate
+from ..checkpoint.readers.validate import Report, readers_of, validate_adapter
 from ..lang.diagnostics import Error
 from .model import KINDS, open_tree
 from .problem import CannotRun
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
         raise CannotRun.because(error) from None
     foreign = adapter.layout == "graphpatch"
     tree = None if foreign else open_tree(options.model or _named(adapter))
-    report = validate(adapter, tree, readers, max_rank=options.max_rank)
+    report = validate_adapter(adapter, tree, readers, max_rank=options.max_rank)
     if options.json:
         print(json.dumps(report.to_json(), indent=1))
     else:

@@ -49,7 +49,9 @@ def mixtral() -> nn.Module:
 def qwen3_moe() -> nn.Module:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL, num_experts=4, moe_intermediate_size=24, head_dim=8))
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, head_dim=8)
+    )
 
 
 def gpt2() -> nn.Module:

@@ -16,7 +16,7 @@ from graphpatch import Error, Tree
 from graphpatch.checkpoint.readers.adapter import Adapter
 from graphpatch.checkpoint.readers.case import Case
 from graphpatch.checkpoint.readers.table import READERS, TABLE
-from graphpatch.checkpoint.readers.validate import validate
+from graphpatch.checkpoint.readers.validate import validate_adapter as validate
 from graphpatch.tree.headers import read_headers
 from tests.checkpoint import readers_common as common
 from tests.checkpoint.readers_common import edit_config, edit_tensors

@@ -30,7 +30,7 @@ from .plain import Plain, inexpressible, plain
 from .saved import Saved, saved_with
 
 
-def to_peft(patch: Patch, directory: str | PathLike[str], *, profile: Literal["peft"] = "peft") -> None:
+def to_peft(patch: Patch, directory: str | PathLike[str], *, profile: Literal["peft", "portable"] = "peft") -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` into `directory`, which PEFT 0.21 loads as it stands.
 
     The adapter is LoRA (or DoRA) on the base as it was before the patch; base weights that trained with it are
@@ -38,11 +38,18 @@ def to_peft(patch: Patch, directory: str | PathLike[str], *, profile: Literal["p
     shortest names that reach, by PEFT's matching, exactly the modules that were patched, which is checked. The same
     patch gives the same bytes. What was there before is replaced, once both files are on the disk.
 
+    With the profile "portable" it is what servers understand as PEFT does: see `readers/portable.py`. What cannot be so
+    said is refused, with who refuses it (GP635), as is a folder with a model or another adapter in it (GP636).
+
     Raises `Error`: GP625 naming what PEFT cannot express, GP626 where no list of names reaches just these modules,
     GP604 where the files cannot be written, GP605 on the meta device.
     """
+    if profile == "portable":
+        from ..readers.export import write_portable
+
+        return write_portable(patch, directory)
     if profile != "peft":
-        fix = 'profile="peft"'
+        fix = 'profile="peft", or "portable" for servers'
         raise Error(Diagnostic("GP625", f"there is no profile called {profile!r}", fixes=(fix,)))
     journal_of(patch)
     config, tensors = exported(patch)
@@ -64,11 +71,18 @@ def exported(patch: Patch) -> tuple[dict[str, Any], Named]:
     plan = original_plan(patch)
     added = added_tensors(patch)
     moved = moved_tensors(plan, patch.model, added, brought(patch))
+    name = getattr(getattr(patch.model, "config", None), "_name_or_path", None)
+    return written(plan, added, moved, name if isinstance(name, str) and name else None)
+
+
+def written(
+    plan: Plan, added: Mapping[str, torch.Tensor], moved: Named, base: str | None
+) -> tuple[dict[str, Any], Named]:
+    """The same of an adapter whose plan and tensors these are, by their names in the model; `base` is the base's."""
     found = _Export(plan, [plain(one, _of(one, added)) for one in _targets(plan)])
     config = found.config(saved_with(plan, found.adapted, moved))
     named = {**config.base, **{peft_key_of(one, tail): t for one in found.parts for tail, t in one.tensors.items()}}
-    name = getattr(getattr(patch.model, "config", None), "_name_or_path", None)
-    config.fields["base_model_name_or_path"] = name if isinstance(name, str) and name else None
+    config.fields["base_model_name_or_path"] = base
     return config.fields, copied_out(dict(sorted(named.items())))
 
 

@@ -36,6 +36,8 @@ def reach(adapter: Adapter, tree: Tree) -> list[Reached]:
 
 def _reached(adapter: Adapter, tree: Tree, one: Factors) -> Reached:
     path = _path(adapter, one)
+    if adapter.layout == "mlx" and ".switch_mlp." in path:
+        return _switched(tree, one)
     node = tree.find(path)
     single = expert(path)
     if node is None and single is not None:
@@ -58,6 +60,21 @@ def _reached(adapter: Adapter, tree: Tree, one: Factors) -> Reached:
         return Reached(one.path, node, f"{signature.cls or 'the module'} there holds nothing that such factors are for")
     wanted = " or ".join(f"{list(a)} and {list(b)}" for a, b in sorted(shapes)[:2])
     return Reached(one.path, node, f"the factors are {list(has[0])} and {list(has[1])}, and the model wants {wanted}")
+
+
+def _switched(tree: Tree, one: Factors) -> Reached:
+    """mlx-lm's name for a stack of experts, with lora_a (experts, rank, in) and lora_b (experts, out, rank)."""
+    block, _, name = one.path.rpartition(".")
+    single = Expert(block.removesuffix(".switch_mlp"), 0, name)
+    node = stack_of(tree, single)
+    if node is None or one.a is None or one.b is None or len(one.a.shape) != 3:
+        return Reached(
+            one.path, node, "no stack of experts of the model is meant" if node is None else "it is no stack"
+        )
+    held = stacks(tree, node)
+    experts = {shape[0] for shape in held.values()}
+    fits = (one.a.shape[1:], one.b.shape[1:]) in _of_expert(held, single, one.a.shape[1])
+    return Reached(one.path, node, "" if fits and {one.a.shape[0]} == experts else "the model wants other shapes")
 
 
 def _path(adapter: Adapter, one: Factors) -> str:

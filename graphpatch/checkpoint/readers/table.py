@@ -37,8 +37,8 @@ _TRT_KEY = (
 )
 _TRT_NAMES = "q_proj k_proj v_proj o_proj gate_proj down_proj up_proj gate_up_proj w1 w2 w3 gate".split()
 _OTHER = r"\.(embed_tokens|lm_head)\.base_layer\.weight$|(classifier|score)\.|lora_magnitude|\.bias$|trainable_tokens"
-_3D = ("gpt_oss", "qwen3_5", "qwen3_vl_moe", "qwen3_omni", "interns1")
-"""Model types that vLLM keeps in stacks (`is_3d_moe_weight`)."""
+STACKED = ("gpt_oss", "qwen3_5", "qwen3_vl_moe", "qwen3_omni", "interns1")
+"""Model types whose experts vLLM keeps in stacks (`is_3d_moe_weight`)."""
 _HELPER, _MODEL = "vllm lora/peft_helper.py", "vllm lora/lora_model.py"
 _LORA, _POOL = "sglang lora/lora.py", "sglang lora/mem_pool.py"
 _TRT = "TensorRT-LLM lora_manager.py"
@@ -98,14 +98,14 @@ TABLE: tuple[Row, ...] = (
         f"{_MODEL} check_unexpected_modules; vllm#34186, #48019, #34591"),
     Row("vllm", "shape", "refused", model.misfit, "factors of another shape do not fit its buffers",
         "it was made for a model of another size", "vllm lora/layers"),
-    Row("vllm", "experts", "refused", experts.fused_outside(*_3D),
+    Row("vllm", "experts", "refused", experts.fused_outside(*STACKED),
         "this model's experts are served one by one, `experts.{i}.gate_proj`, and stacks raise",
         "profile portable; or start it with --enable-mixed-moe-lora-format", "vllm lora/model_manager.py; vllm#47088"),
     Row("vllm", "expert names", "refused", experts.not_as_in_the_files,
         "experts have the names of the model's files", _PORTABLE, "vllm lora/utils.py process_packed_modules_mapping"),
-    Row("vllm", "stacks", "refused", experts.single_of(*_3D), "this model's experts are served as stacks",
+    Row("vllm", "stacks", "refused", experts.single_of(*STACKED), "this model's experts are served as stacks",
         "profile peft", "vllm lora/model_manager.py, is_3d_moe_weight"),
-    Row("vllm", "pair", "refused", experts.half_a_pair_of(*_3D),
+    Row("vllm", "pair", "refused", experts.half_a_pair_of(*STACKED),
         "a stack needs both pairs: `experts.base_layer` is gate_up, `experts` is down",
         "train both, or add a pair of zeros", "vllm lora/model_manager.py"),
     # ── SGLang ──
@@ -239,6 +239,10 @@ TABLE: tuple[Row, ...] = (
         f"{_MLX} linear_to_lora_layers"),
     Row("mlx", "keys", "refused", config.mlx_keys, "a tensor of a module that `keys` does not name is refused",
         "name it in lora_parameters.keys", f"{_MLX} load_adapters"),
+    Row("mlx", "names", "refused",
+        tensors.keys_unlike(r"model\.(layers\.\d+|embed_tokens)\.|lm_head\."),
+        "modules have mlx-lm's own names, which are not known here beyond model.layers, embed_tokens and lm_head",
+        "rename the keys as the model's `sanitize` does", "mlx_lm models, sanitize"),
     Row("mlx", "factors", "misread", tensors.lone_factors, "a missing factor stays as it is initialised",
         "export it again", f"{_MLX} load_adapters"),
     Row("mlx", "key", "refused",

@@ -103,7 +103,7 @@ class Report:
         }  # fmt: skip
 
 
-def validate(
+def validate_adapter(
     adapter: str | PathLike[str] | Adapter,
     model: Any = None,
     readers: str | Sequence[str] = ("vllm", "sglang", "trtllm", "llamacpp", "peft"),

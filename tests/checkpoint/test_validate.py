@@ -367,11 +367,8 @@ def test_an_unknown_reader_is_told(plain, tree):
 
 def test_torch_is_not_imported(plain):
     program = f"""
-import sys
-from graphpatch.checkpoint.readers.validate import validate
-from graphpatch.tree.headers import read_headers
-from graphpatch.tree.tree import Tree
-validate({str(plain)!r}, None, "vllm,sglang")
+import sys, graphpatch
+graphpatch.validate_adapter({str(plain)!r}, None, "vllm,sglang")
 assert "torch" not in sys.modules
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[2])

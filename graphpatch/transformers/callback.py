@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..checkpoint.intact import refuse_outgrown
+from ..checkpoint.peft.export import exported
 from ..checkpoint.tensors import added_tensors
 from ..lang.diagnostics import Diagnostic, Error
 from ..patch.drift import unwrapped
@@ -36,8 +37,9 @@ class AdapterCheckpoint(TrainerCallback):
     Without `patch`, it is that of the model which the Trainer trains; so it also serves a `model_init`.
 
     Raises `Error`: GP651 where there is no such patch, or the model saves another; GP653 where the base is quantised
-    in a way that passes no gradients. In training GP651 where another model is trained, GP654 where it is sharded,
-    GP655 where it was resized since it was patched, GP657 where the patch is merged.
+    in a way that passes no gradients; GP625 or GP626 where PEFT cannot express the patch. When training begins GP651
+    where another model is trained, GP654 where it is sharded, GP655 where it was resized since it was patched, GP657
+    where the patch is merged.
     """
 
     def __init__(self, patch: Patch | None = None, peft: bool = False):
@@ -110,6 +112,8 @@ class AdapterCheckpoint(TrainerCallback):
                     fixes=("load it in a way that does: bitsandbytes, or torchao in 8 bits",),
                 )
             )
+        if self.peft:
+            exported(patch)  # what PEFT cannot express is refused now, and not at the first checkpoint
         attach(patch, self.peft)
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from ..checkpoint.changes import difference
 from ..checkpoint.manifest import Change
 from ..checkpoint.moved import brought
+from ..checkpoint.peft.export import to_peft
 from ..checkpoint.save import changes_of, save_adapter
 from ..checkpoint.tensors import Named, added_tensors, check, copied_out, moved_tensors, put
 from ..lang.diagnostics import Diagnostic, Error
@@ -36,12 +37,19 @@ CHANGES = "graphpatch.changes"
 def write(patch: Patch, folder: str | os.PathLike[str], peft: bool) -> None:
     """Write the adapter, and what a Trainer resumes from, into `folder`; with `peft`, PEFT's two files too.
 
-    Raises `Error` as `save_adapter` and `to_peft` do, GP604 where the files cannot be written.
+    Raises `Error` as `save_adapter` and `to_peft` do, GP604 where the files cannot be written, GP658 where a model is
+    there already.
     """
+    if Path(folder, "config.json").exists():
+        raise Error(
+            Diagnostic(
+                "GP658",
+                f"{folder} holds a model, whose weights an adapter must not replace",
+                fixes=("give the adapter a folder of its own",),
+            )
+        )
     save_adapter(patch, folder)
     if peft:
-        from .. import to_peft
-
         to_peft(patch, folder)
     plans = _plans(patch.model)
     said = torch.frombuffer(bytearray(json.dumps(_changes(plans)).encode()), dtype=torch.uint8)

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from docstrings import Example, word_order
 from transformers import (
@@ -74,7 +75,7 @@ def main() -> None:
     print(f"test accuracy of the best epoch: {trainer.evaluate()['eval_accuracy']:.3f}, chance is 0.5")
 
     title("What a checkpoint holds")
-    for file in sorted(Path(trainer.state.best_model_checkpoint).iterdir()):
+    for file in sorted(Path(trainer.state.best_model_checkpoint or options.out).iterdir()):
         print(f"{file}: {file.stat().st_size / 2**20:.2f} MiB")
     print(f"{folder / 'model.safetensors'}, the base, stays where it is: {size(folder):.2f} MiB")
 
@@ -117,7 +118,8 @@ def tokenized(examples: list[Example], tokenizer: Any) -> list[dict[str, Any]]:
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+    answers = np.argmax(prediction.predictions, -1)
+    return {"accuracy": float((answers == prediction.label_ids).mean())}
 
 
 def size(folder: Path) -> float:

@@ -33,7 +33,8 @@ class Lora(Op):
 
     On `nn.Conv1d/2d/3d`, A is a convolution like the base (stride, padding, dilation) with rank channels out, B one of
     size 1 from those, so the weight gains s B A, multiplied over the channels. Groups hold for both factors and split
-    the rank, which must be a multiple of them; PEFT's A has none, and so cannot be merged.
+    the rank, which must be a multiple of them; PEFT's A has none, and so cannot be merged. PEFT has nothing for
+    `nn.ConvTranspose1d/2d/3d`, where A is a transposed convolution, stored like the weight: in x rank/groups x kernel.
 
     Stacked experts are parameters, and targeted as such: `experts.gate_up_proj`. A is (experts, rank, in) and B
     (experts, out, rank), as `experts.gate_up_proj_lora_A` and `..._lora_B`, and expert e gains s B[e] A[e]. The product
@@ -69,6 +70,9 @@ class Lora(Op):
         "torch.nn.modules.conv.Conv1d": "graphpatch.rewrites.lora_convolution:LoraConvolution",
         "torch.nn.modules.conv.Conv2d": "graphpatch.rewrites.lora_convolution:LoraConvolution",
         "torch.nn.modules.conv.Conv3d": "graphpatch.rewrites.lora_convolution:LoraConvolution",
+        "torch.nn.modules.conv.ConvTranspose1d": "graphpatch.rewrites.lora_transposed:LoraTransposedConvolution",
+        "torch.nn.modules.conv.ConvTranspose2d": "graphpatch.rewrites.lora_transposed:LoraTransposedConvolution",
+        "torch.nn.modules.conv.ConvTranspose3d": "graphpatch.rewrites.lora_transposed:LoraTransposedConvolution",
     }
     accepts_parameters: ClassVar = STACKS
     level: ClassVar[int] = 10

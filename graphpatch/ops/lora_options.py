@@ -14,13 +14,14 @@ if TYPE_CHECKING:
 LINEAR = frozenset({"graphpatch.rewrites.lora:LoraLinear", "graphpatch.rewrites.lora_conv1d:LoraConv1D"})
 EMBEDDING = frozenset({"graphpatch.rewrites.lora_embedding:LoraEmbedding"})
 CONVOLUTION = frozenset({"graphpatch.rewrites.lora_convolution:LoraConvolution"})
+TRANSPOSED_CONVOLUTION = frozenset({"graphpatch.rewrites.lora_transposed:LoraTransposedConvolution"})
 EXPERTS = frozenset(STACKS.values()) | {TRANSPOSED}
 """Rewrites, by import path: an option has an effect where the rewrite knows it."""
 
 DORA = LINEAR | EMBEDDING | CONVOLUTION
-BIAS = LINEAR | CONVOLUTION
+BIAS = LINEAR | CONVOLUTION | TRANSPOSED_CONVOLUTION
 STARTS = {
-    "gaussian": LINEAR | CONVOLUTION | EXPERTS,
+    "gaussian": LINEAR | CONVOLUTION | TRANSPOSED_CONVOLUTION | EXPERTS,
     "pissa": LINEAR,
     "olora": LINEAR,
     "orthogonal": LINEAR,

@@ -65,16 +65,25 @@ def convolution(signature: Signature, rank: int) -> tuple[Shape, Shape]:
     return (rank, in_ // groups, *size), (out, rank // groups, *(1 for _ in size))
 
 
+def transposed_convolution(signature: Signature, rank: int) -> tuple[Shape, Shape]:
+    """The weight is stored (in, out / groups, kernel), and A like it; B is a convolution's."""
+    (_, _, *size), b = convolution(signature, rank)
+    return (int(signature.attributes["in_channels"]), b[1], *size), b  # type: ignore[arg-type]
+
+
 KINDS: dict[str, Callable[[Signature, int], tuple[Shape, Shape]]] = {
     "transformers.pytorch_utils.Conv1D": conv1d,
     "torch.nn.modules.sparse.Embedding": embedding,
     "torch.nn.modules.conv.Conv1d": convolution,
     "torch.nn.modules.conv.Conv2d": convolution,
     "torch.nn.modules.conv.Conv3d": convolution,
+    "torch.nn.modules.conv.ConvTranspose1d": transposed_convolution,
+    "torch.nn.modules.conv.ConvTranspose2d": transposed_convolution,
+    "torch.nn.modules.conv.ConvTranspose3d": transposed_convolution,
 }
 """By qualified class name; the first of a target's MRO that stands here decides."""
 
-EXACT = frozenset(name for name, kind in KINDS.items() if kind in (embedding, convolution))
+EXACT = frozenset(name for name, kind in KINDS.items() if kind in (embedding, convolution, transposed_convolution))
 """Those whose subclasses are refused, since they may use their input otherwise."""
 
 

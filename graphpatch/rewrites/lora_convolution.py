@@ -30,7 +30,7 @@ class LoraConvolution(LoraOfWeight):
         return weight, a, b
 
     @classmethod
-    def _gained(cls, a: Tensor, b: Tensor, scale: float) -> LowRank:
+    def _gained(cls, a: Tensor, b: Tensor, scale: float, shape: tuple[int, ...]) -> LowRank:
         """Each group of output channels gains the product of its own rows of B with the rank channels it sees."""
         a, b = a.flatten(1), b.flatten(1)
         groups, out = len(a) // b.shape[1], len(b)

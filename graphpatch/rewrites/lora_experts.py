@@ -19,6 +19,7 @@ from .rewrite import InPlace
 class LoraStacks(LoraModule):
     """A (experts, rank, in) and B (experts, out, rank), for each of a module's stacks."""
 
+    by_row = False  # rows are tokens here, in the order of experts
     transposed: ClassVar[bool] = False
     """Whether a stack is stored (experts, in, out)."""
 

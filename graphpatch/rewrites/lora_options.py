@@ -27,7 +27,7 @@ class LoraOfWeight(LoraModule):
     def merging(
         cls, entry: Adapter, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
     ) -> Mapping[str, Merging]:
-        gained = cls._gained(*entry.factors(tensors.__getitem__), entry.scale)
+        gained = cls._gained(*entry.factors(tensors.__getitem__), entry.scale, shapes.get("weight", ()))
         if entry.magnitude:
             scaled = ColumnsToLengths if cls.transposed else RowsToLengths
             return {"weight": scaled(gained, tensors[entry.magnitude])}
@@ -42,8 +42,8 @@ class LoraOfWeight(LoraModule):
         return {"weight": gained, "bias": LowRank.of(bias[:, None], torch.ones_like(bias[:1, None]), entry.scale)}
 
     @classmethod
-    def _gained(cls, a: Tensor, b: Tensor, scale: float) -> LowRank:
-        """s B A, as the weight is stored."""
+    def _gained(cls, a: Tensor, b: Tensor, scale: float, shape: tuple[int, ...]) -> LowRank:
+        """s B A, as the weight is stored, in a `shape`."""
         return LowRank.of(a.t(), b.t(), scale) if cls.transposed else LowRank.of(b, a, scale)
 
     def _low_rank(self, z: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:

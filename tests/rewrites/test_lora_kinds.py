@@ -58,6 +58,14 @@ def convolved(groups: int = 1) -> Callable[[Tensor, Tensor], Tensor]:
     return delta
 
 
+def unconvolved(groups: int = 1) -> Callable[[Tensor, Tensor], Tensor]:
+    def delta(a: Tensor, b: Tensor) -> Tensor:
+        channels = a.unflatten(0, (groups, -1)), b.unflatten(0, (groups, -1)).flatten(2)
+        return torch.einsum("gir...,gor->gio...", *channels).flatten(0, 1)
+
+    return delta
+
+
 KINDS = {
     "Conv1D": Kind(lambda: Conv1D(5, 7), (2, 4, 7), transposed),
     "Conv1D on one row": Kind(lambda: Conv1D(5, 7), (4, 7), transposed),
@@ -82,6 +90,23 @@ KINDS = {
     ),
     "Conv2d in groups": Kind(lambda: nn.Conv2d(4, 6, 3, groups=2), (2, 4, 5, 5), convolved(2), rank=4, peft=False),
     "Conv2d by depth": Kind(lambda: nn.Conv2d(4, 8, 3, groups=4), (2, 4, 5, 5), convolved(4), rank=4, peft=False),
+    "ConvTranspose1d": Kind(lambda: nn.ConvTranspose1d(4, 6, 3), (2, 4, 9), unconvolved(), peft=False),
+    "ConvTranspose2d": Kind(
+        lambda: nn.ConvTranspose2d(4, 6, (3, 2), stride=(2, 3), padding=1, output_padding=(1, 2), bias=False),
+        (2, 4, 5, 4),
+        unconvolved(),
+        peft=False,
+    ),
+    "ConvTranspose2d in groups": Kind(
+        lambda: nn.ConvTranspose2d(4, 6, 3, groups=2, dilation=2, stride=2, output_padding=1),
+        (2, 4, 5, 5),
+        unconvolved(2),
+        rank=4,
+        peft=False,
+    ),
+    "ConvTranspose3d": Kind(
+        lambda: nn.ConvTranspose3d(2, 4, 2, stride=(1, 2, 1)), (2, 2, 4, 4, 4), unconvolved(), peft=False
+    ),
     "Conv3d": Kind(lambda: nn.Conv3d(2, 4, 2, stride=(1, 2, 1)), (2, 2, 4, 4, 4), convolved()),
 }
 
@@ -455,3 +480,25 @@ def test_a_new_instance_of_a_patched_class_is_a_base(cls, sizes, x):
     new, plain = type(patched[0])(*sizes), cls(*sizes)
     plain.load_state_dict(new.state_dict())
     assert torch.equal(new(x), plain(x))
+
+
+def test_a_transposed_convolution_asked_for_its_output_size():
+    kind = KINDS["ConvTranspose2d in groups"]
+    ours, plain, x = kind.model(), kind.model(), kind.input()
+    apply(ours, kind)
+    wanted = plain[0](x).shape[-1] - 1
+    state = {**dict(plain[0].named_parameters()), "weight": plain[0].weight + 2 * kind.delta(*factors(ours))}
+    y = ours[0](x, output_size=[wanted, wanted])
+    near(y, functional_call(plain[0], state, (x,), {"output_size": [wanted, wanted]}))
+
+
+@pytest.mark.parametrize("init", ["kaiming", "gaussian"])
+def test_a_transposed_convolution_starts_as_a_convolution_would(init):
+    """By what a rank channel sees of the input, in / groups x kernel, or the rank."""
+    model = nn.Sequential(nn.ConvTranspose2d(64, 8, 3, groups=2))
+    graphpatch.apply(model, graphpatch.parse(f'patch ^0 with lora(rank=16, init="{init}")\nfreeze ** except @new'))
+    a, bound = model[0].lora_A, (32 * 9) ** -0.5
+    if init == "kaiming":
+        assert a.abs().max() <= bound and abs(a.std().item() / (bound / 3**0.5) - 1) < 0.05
+    else:
+        assert abs(a.std().item() * 16 - 1) < 0.05

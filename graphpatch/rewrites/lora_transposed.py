@@ -1,4 +1,4 @@
-"""LoRA on `nn.ConvTranspose1d`, `2d` and `3d`: a transposed convolution to rank channels, and one of size 1 from there."""
+"""LoRA on `nn.ConvTranspose1d`, `2d`, `3d`: a transposed convolution to rank channels, and one of size 1 from there."""
 
 from __future__ import annotations
 
@@ -37,8 +37,7 @@ class LoraTransposedConvolution(LoraOfWeight):
 
     @classmethod
     def _gained(cls, a: Tensor, b: Tensor, scale: float, shape: tuple[int, ...]) -> LowRank:
-        """The weight is (in, out / groups, kernel), and so a matrix of kernel columns: each row of a channel of the
-        input and one of the output. Its gain is of low rank over the channels, and a product for each of the input's."""
+        """Each channel of the input gains its own product, a matrix (out / groups, kernel) of the weight's."""
         kernel, rank = a.flatten(2), b.flatten(1)  # (in, rank / groups, kernel), (out, rank / groups)
         outs = shape[1]
         ins = len(a) * outs // len(b)

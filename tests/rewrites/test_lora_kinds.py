@@ -435,7 +435,10 @@ class SamePadded(nn.Conv2d):
         (lambda: Positions(5, 4), "", "graphpatch.accept"),
         (lambda: SamePadded(4, 4, 3), "", "graphpatch.accept"),
         (lambda: nn.Conv2d(6, 6, 3, groups=3), "", "3 groups"),
-        (lambda: nn.ConvTranspose2d(4, 4, 3), "", "does not accept ConvTranspose2d"),
+        (lambda: nn.ConvTranspose2d(6, 6, 3, groups=3), "", "3 groups"),
+        (lambda: nn.ConvTranspose2d(4, 4, 3), ", dora=true", "no effect"),
+        (lambda: nn.Bilinear(4, 4, 3), "", "does not accept Bilinear"),
+        (lambda: nn.LazyConvTranspose2d(4, 3), "", "run the model once"),
     ],
 )
 def test_what_would_be_wrong_is_refused(module, options, says):

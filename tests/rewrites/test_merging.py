@@ -20,6 +20,8 @@ KINDS = {
     "conv2d": (nn.Conv2d(4, 6, (3, 2), stride=2), torch.randn(2, 4, 9, 9)),
     "conv2d, groups": (nn.Conv2d(4, 6, 3, groups=2), torch.randn(2, 4, 9, 9)),
     "conv2d, depthwise": (nn.Conv2d(4, 8, 3, groups=4, padding_mode="reflect", padding=1), torch.randn(2, 4, 9, 9)),
+    "transposed conv1d": (nn.ConvTranspose1d(4, 6, 3, stride=2), torch.randn(2, 4, 9)),
+    "transposed conv2d, groups": (nn.ConvTranspose2d(4, 6, (3, 2), groups=2), torch.randn(2, 4, 5, 5)),
     "conv3d": (nn.Conv3d(2, 4, 2, dilation=2), torch.randn(1, 2, 5, 5, 5)),
 }
 

@@ -18,6 +18,7 @@ from ..plan.plan import Plan
 from ..tree.tree import Tensor, Tree
 from .base import check_base
 from .fill import fill, random_state_kept, warn_of_moved
+from .fit import for_patch
 from .manifest import Manifest
 from .saved import Saved
 from .tensors import (
@@ -84,24 +85,33 @@ def load_adapter(
     return patch
 
 
-def load_weights(patch: Patch, source: str | PathLike[str] | Mapping[str, torch.Tensor]) -> None:
+def load_weights(patch: Patch, source: str | PathLike[str] | Mapping[str, torch.Tensor], *, fit: bool = False) -> None:
     """Put an adapter's weights into a patch that is there: all of them, or none.
 
     `source` is a directory of `save_adapter`, or a state dict: everything that the patch added, by the names of
-    `patch.adapter_state_dict()`, and base weights if need be. Neither base nor rules are compared, only names, shapes
-    and types; floats of another precision are cast. Weights keep their device, and are written in place, so that an
-    optimizer or a compiled model goes on with them.
+    `patch.adapter_state_dict()`, and base weights if need be. Neither base nor rules are compared, only names, shapes,
+    types and the scale; floats of another precision are cast. Weights keep their device, and are written in place, so
+    that an optimizer or a compiled model goes on with them, and nothing is compiled anew.
 
-    Raises `Error`: GP601 to GP603 for files, GP614 for missing and unexpected names, GP615 for shapes and types.
+    With `fit`, a directory may hold an adapter of a lower rank, of another scale and name, or on fewer of the modules:
+    zeros fill up the rest, and B takes the ratio of the scales, so that the patch computes what the adapter would.
+
+    Raises `Error`: GP601 to GP603 for files, GP614 for missing and unexpected names, GP615 for shapes and types, GP529
+    for another scale, or with `fit` where the adapter does not fit into the patch.
     """
     journal_of(patch)
     if isinstance(source, Mapping):
+        if fit:
+            fix = "a directory of save_adapter says them: load_weights(patch, dir, fit=True)"
+            raise Error(Diagnostic("GP529", "a state dict does not say the rank and scale it is of", fixes=(fix,)))
         fill(patch, dict(source), "the state dict")
         return
     saved = Saved.read(source)
     name = patch.record["adapter"]
     tensors: Named = saved.tensors
-    if name != saved.manifest.adapter and patch.record["rules"] == saved.manifest.rules:
+    if patch.record["rules"] != saved.manifest.rules:
+        tensors = for_patch(saved, patch, fit)
+    elif name != saved.manifest.adapter:
         clean = unmarked(Tree.of(patch.model))
         tensors = _renamed(saved, saved.plan(clean, saved.manifest.adapter, ()), clean, name)
     fill(patch, tensors, saved.folder)

@@ -84,6 +84,10 @@ def test_the_examples_of_the_transformers_page_run():
     run_python(ROOT / "docs" / "transformers.md")
 
 
+def test_the_examples_of_the_adapters_page_run():
+    run_python(ROOT / "docs" / "adapters.md")
+
+
 def test_the_python_example_of_the_readme_runs(tmp_path, monkeypatch):
     from transformers import LlamaConfig, LlamaForCausalLM
 

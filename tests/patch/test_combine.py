@@ -166,6 +166,32 @@ def test_pissa_is_combined_by_what_it_has_learnt():
     }
 
 
+def test_stacked_experts_are_combined_one_by_one():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = MixtralForCausalLM(
+        MixtralConfig(**size, num_key_value_heads=2, vocab_size=32, num_local_experts=3, num_experts_per_tok=2)
+    ).eval()
+    for at, name in enumerate(WEIGHTS):
+        text = f"patch experts.{{gate_up,down}}_proj | q_proj with lora(rank={2 + at}, alpha=3)"
+        fill(patch(model, text, adapter=name), at)
+    adapters = graphpatch.adapters(model)
+    adapters.weights(WEIGHTS)
+    expected = model(IDS).logits
+    for method, given in ("cat", {}), ("svd", {"rank": 5}):
+        both = graphpatch.combine(model, WEIGHTS, "both", method=method, **given)
+        adapters.activate("both")
+        torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+        both.revert()
+    refusal("GP547", lambda: adapters.per_sample(["math", "code"]).__enter__())
+    adapters.activate("math")
+    alone = model(IDS).logits
+    with adapters.per_sample(["math", "math"]):
+        assert torch.equal(model(IDS).logits, alone)
+
+
 def test_dare_is_right_in_expectation_and_a_seed_repeats_it():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3))

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .patch.adapters import adapters as adapters
     from .patch.apply import apply as apply
     from .patch.combine import combine as combine
+    from .patch.lora_plus import lora_plus as lora_plus
     from .patch.patch import Patch as Patch
     from .patch.patch import patches as patches
     from .patch.walk import walk as walk
@@ -64,6 +65,7 @@ _HOME = {
     "load_adapter": "checkpoint.load",
     "load_peft": "checkpoint.peft.load",
     "load_weights": "checkpoint.load",
+    "lora_plus": "patch.lora_plus",
     "merge_checkpoint": "checkpoint.merging.merge",
     "parse": "plan.ruleset",
     "patches": "patch.patch",

@@ -245,3 +245,14 @@ def test_the_same_as_peft(kind, options):
             near(one.view_as(other), other, options.bf16)
         with torch.no_grad():
             near(output_of(ours, x), output_of(theirs, x), options.bf16)
+    patch.merge()
+    theirs.merge_adapter()
+    for pair in pairs:
+        near(pair.ours.weight, pair.theirs.base_layer.weight, options.bf16)
+        if getattr(pair.ours, "bias", None) is not None:
+            near(pair.ours.bias, pair.theirs.base_layer.bias, options.bf16)
+
+
+def test_the_table_is_a_table():
+    assert len(ROWS) >= 100 and len(set(ROWS)) == len(ROWS)
+    assert TABLE.keys() == KINDS.keys() and {options for _, options in ROWS} == OPTIONS.keys()

@@ -24,6 +24,7 @@ COMMANDS = {
     "validate": "which servers read an adapter, which refuse or misread it, and does it have an effect?",
     "merge": "a checkpoint with an adapter merged into its weights, tensor by tensor, without the model",
     "export": "write an adapter as a server reads it",
+    "import": "the LoRA of an adapter in PEFT's format, as a rule file",
     "ops": "the ops that a rule can name, and their arguments",
     "rules": "the rule files that come with graphpatch",
 }

@@ -2,6 +2,7 @@
 
 - A convolution with groups: A here has the groups of the base, and one of PEFT sees all channels, so it is filled up
   with zeros, and back.
+- DoRA on a convolution: a magnitude (out,) here, (1, out, 1, ...) there.
 - Experts: here (experts, rank, in) and (experts, out, rank); PEFT has A as (experts * rank, in), the expert slowest,
   and B as (out, rank * experts), the expert fastest (peft 0.21, lora/layer.py, `ParamWrapper.get_delta_weight`).
 """
@@ -27,6 +28,8 @@ def ours(one: Adapted, theirs: Mapping[str, torch.Tensor]) -> Named:
                 found[name] = _unstacked(tensor, one.shapes[name], name)
     elif _groups(one) > 1 and "lora_A" in found:
         found["lora_A"] = _collapsed(one, found["lora_A"])
+    if one.kind == "convolution" and "lora_magnitude" in found:
+        found["lora_magnitude"] = found["lora_magnitude"].flatten()
     return found
 
 
@@ -39,6 +42,8 @@ def theirs(one: Adapted, ours: Mapping[str, torch.Tensor]) -> Named:
                 found[name] = tensor.flatten(0, 1) if name == "lora_A" else tensor.permute(1, 2, 0).flatten(1)
     elif _groups(one) > 1 and "lora_A" in found:
         found["lora_A"] = _expanded(found["lora_A"], _groups(one))
+    if one.kind == "convolution" and "lora_magnitude" in found:
+        found["lora_magnitude"] = found["lora_magnitude"].view(1, -1, *(1 for _ in ours["lora_A"].shape[2:]))
     return found
 
 

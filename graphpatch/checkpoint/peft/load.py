@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike, fspath
@@ -22,9 +23,11 @@ from ..fill import fill, random_state_kept, warn_of_moved
 from ..tensors import Named, base_place, on_meta, tensor_at
 from .config import LoraConfig, read_config
 from .files import read_tensors
-from .keys import adapted, base_name, canonical, peft_key
+from .keys import PREFIX, adapted, adapter_path, base_name, canonical, peft_key
 from .layout import ours
-from .rules import rule_set, rules_text
+from .names import asks_for_names, module_paths, of_name
+from .rules import rule_set, rules_of_names, rules_text
+from .shift import Moved, moved_to
 
 _SHOWN = 6
 
@@ -40,8 +43,9 @@ def load_peft(model: nn.Module, directory: str | PathLike[str], *, adapter: str 
     not agree, GP628 where a saved module is tied to another; `PlanError` and `ApplyError` as `apply` does. The model is
     then as it was before.
     """
-    file, tree = _File.read(directory), Tree.of(model)
-    rules = file.rules(tree)
+    tree = Tree.of(model)
+    file = _File.read(directory, tree)
+    rules = file.rules()
     clean = rules.plan(unmarked(tree), adapter=adapter)
     added, base = file.fitted(clean)
     plan = rules.plan(tree, adapter=adapter) if tree.marks else clean
@@ -51,8 +55,8 @@ def load_peft(model: nn.Module, directory: str | PathLike[str], *, adapter: str 
 def planned(directory: str | PathLike[str], tree: Tree) -> tuple[Plan, Named, Named]:
     """The same without a model that has weights: what is planned on a tree, the values of what that adds, and all base
     weights that the file brings. Raises `Error` as `load_peft` does."""
-    file = _File.read(directory, bare=True)
-    plan = file.rules(tree).plan(tree)
+    file = _File.read(directory, tree, bare=True)
+    plan = file.rules().plan(tree)
     return plan, *file.fitted(plan)
 
 
@@ -89,16 +93,33 @@ class _File:
     config: LoraConfig
     tensors: Named
     """By canonical key."""
+    moved: Moved | None = None
+    """Where the modules of the file stand in this model, if not where they stood when it was saved."""
     bare: bool = False
     """The base's weights are not there to compare with."""
 
     @classmethod
-    def read(cls, directory: str | PathLike[str], bare: bool = False) -> _File:
+    def read(cls, directory: str | PathLike[str], tree: Tree, bare: bool = False) -> _File:
         what, config = fspath(directory), read_config(directory)
-        return cls(what, config, _canonical(read_tensors(directory), what), bare)
+        tensors = _canonical(read_tensors(directory), what)
+        paths = {key: path for key in tensors if (path := adapter_path(key)) is not None}
+        moved = moved_to(tree, list(paths.values()))
+        if moved is not None:
+            warnings.warn(moved.warning(what), stacklevel=3)
+            tensors = {PREFIX + moved.here(key.removeprefix(PREFIX)): value for key, value in tensors.items()}
+            return cls(what, config, tensors, moved, bare)
+        nowhere = [key for key, path in paths.items() if tree.find(path.replace(".base_layer", "")) is None]
+        if nowhere:
+            raise _misfit(what, [], nowhere, len(tensors))
+        return cls(what, config, tensors, None, bare)
 
-    def rules(self, tree: Tree) -> RuleSet:
-        return rule_set(rules_text(self.config, self.what, loading=True))
+    def rules(self) -> RuleSet:
+        if self.moved is None and not asks_for_names(self.config):
+            return rule_set(rules_text(self.config, self.what, loading=True))
+        here, there = (self.moved.here, self.moved.there) if self.moved else (str, str)
+        paths = module_paths(self.config, self.tensors)
+        named = [of_name(self.config, there(path))._replace(name=here(there(path))) for path in paths]
+        return rule_set(rules_of_names(self.config, self.what, named))
 
     def fitted(self, plan: Plan) -> tuple[Named, Named]:
         """What the plan adds, and base weights, by our names and in our layout. Raises `Error`."""
@@ -111,7 +132,7 @@ class _File:
         missing += [peft_key(*_split(name)) for name in sorted(trained - there)]
         unexpected = [key for key in self.tensors if key not in wanted and key not in base.values()]
         if missing or unexpected:
-            raise self._misfit(missing, unexpected, len(targets))
+            raise _misfit(self.what, missing, unexpected, len(self.tensors))
         added: Named = {}
         wrong: list[str] = []
         for one in targets:
@@ -168,28 +189,27 @@ class _File:
                     )
                 )
 
-    def _misfit(self, missing: list[str], unexpected: list[str], targets: int) -> Error:
-        lines = [f"- {key}   missing" for key in missing[:_SHOWN]]
-        lines += [f"+ {key}   reaches nothing" for key in unexpected[:_SHOWN]]
-        more = max(0, len(missing) - _SHOWN) + max(0, len(unexpected) - _SHOWN)
-        return Error(
-            Diagnostic(
-                "GP623",
-                f"{self.what} does not fit this model: of what it needs {len(missing)} tensors are missing, and "
-                f"{len(unexpected)} of {len(self.tensors)} reach no module",
-                text=(*lines, *([f"and {more} more"] if more else [])),
-                fixes=(
-                    f"its config gives {targets} modules of this model an adapter; is this the model it was made for?",
-                ),
-            )
-        )
-
     def _misshapen(self, wrong: list[str]) -> Error:
         more = [f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
         title = (
             f"{len(wrong)} of {len(self.tensors)} tensors of {self.what} have another shape or type than this model's"
         )
         return Error(Diagnostic("GP624", title, text=(*wrong[:_SHOWN], *more)))
+
+
+def _misfit(what: str, missing: list[str], unexpected: list[str], count: int) -> Error:
+    lines = [f"- {key}   missing" for key in missing[:_SHOWN]]
+    lines += [f"+ {key}   reaches nothing" for key in unexpected[:_SHOWN]]
+    more = max(0, len(missing) - _SHOWN) + max(0, len(unexpected) - _SHOWN)
+    return Error(
+        Diagnostic(
+            "GP623",
+            f"{what} does not fit this model: of what it needs {len(missing)} tensors are missing, and "
+            f"{len(unexpected)} of {count} reach no module",
+            text=(*lines, *([f"and {more} more"] if more else [])),
+            fixes=("load the model that it was made for; its config says base_model_name_or_path",),
+        )
+    )
 
 
 def _trained(plan: Plan) -> set[str]:

@@ -11,6 +11,7 @@ from .matching import safe
 from .terms import PARAMETER, End, Pattern, Term, both, full_term, less, pattern_term
 
 ALL_LINEAR = "all-linear"
+_LINEAR = "torch.nn.Linear"
 _LINEARS = "{torch.nn.Linear,transformers.pytorch_utils.Conv1D}"
 _HEADS = (
     "lm_head", "lm_head.decoder", "lm_head.out_proj", "language_model.lm_head", "cls.predictions.decoder",
@@ -56,6 +57,13 @@ def _named_terms(config: LoraConfig) -> list[Term]:
 
 def parameter_terms(config: LoraConfig) -> list[Term]:
     return [End(name, cls=PARAMETER) for name in dict.fromkeys(filter(None, config.target_parameters or []))]
+
+
+def owner(term: Term) -> Term | None:
+    """The linears whose weights these parameters may be."""
+    if not isinstance(term, End) or not term.name.endswith(".weight"):
+        return None
+    return End(term.name.removesuffix(".weight"), term.anchored, _LINEAR)
 
 
 def _layers(config: LoraConfig) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike, fspath
+from pathlib import Path
 from typing import Any
 
 from ...lang.formatter import format_expression
@@ -12,8 +13,9 @@ from ...lang.syntax import Literal_
 from ...plan.ruleset import RuleSet
 from .config import LoraConfig, read_config, refuse
 from .defaults import by_targets
-from .reach import Cell, cells, excluded_terms, module_terms, parameter_terms, saved_terms, spared_terms
-from .terms import End, Term
+from .names import Named, asks_for_names, keys_of, named_targets, selectors
+from .reach import Cell, cells, excluded_terms, module_terms, owner, parameter_terms, saved_terms, spared_terms
+from .terms import MODULE, PARAMETER, End, Term
 
 NAME = "peft.rules"
 """Of the file that a rule set made of a config says it comes from."""
@@ -26,14 +28,21 @@ def from_peft(source: str | PathLike[str] | Mapping[str, Any]) -> RuleSet:
     """The rules that a LoRA config of PEFT stands for: those of an adapter's folder, or of a mapping of its fields.
 
     They match what PEFT matches, module for module, on any model: lists are "any of" (one of their entries that is
-    nowhere is no error), layers, patterns and exclusions mean what they mean there. `str(...)` of it is no file; the
-    text is `rules.program.source(0).text`, and `graphpatch import DIR` prints it.
+    nowhere is no error), layers, patterns and exclusions mean what they mean there. Where a config does not say which
+    modules are meant (`all-linear`, none at all, a regex that could run without end), the weights beside it do; without
+    them, `all-linear` are the linears but for the output layer, and none are those of PEFT's table of model types.
+    `graphpatch import DIR` prints the rules as a file.
 
     Raises `Error`: GP621 where it cannot be read, GP622 for a field that no rule can follow, GP627 for a regular
     expression that could run without end.
     """
-    what = "the config" if isinstance(source, Mapping) else fspath(source)
-    return rule_set(rules_text(read_config(source), what))
+    if isinstance(source, Mapping):
+        return rule_set(rules_text(read_config(source), "the config"))
+    config, what = read_config(source), fspath(source)
+    keys = keys_of(Path(source)) if asks_for_names(config) else []
+    if keys:
+        return rule_set(rules_of_names(config, what, named_targets(config, keys), loading=False))
+    return rule_set(rules_text(config, what))
 
 
 def rule_set(text: str) -> RuleSet:
@@ -52,16 +61,20 @@ def rules_text(config: LoraConfig, what: str, *, loading: bool = False) -> str:
 
 
 def rules_of_names(
-    config: LoraConfig, what: str, named: Iterable[tuple[str, int, float]], parameters: Iterable[tuple[str, int, float]]
+    config: LoraConfig, what: str, modules: Iterable[Named], parameters: Iterable[Named] = (), *, loading: bool = True
 ) -> str:
-    """The same for modules and parameters that are known by name, each with its rank and alpha."""
-    file = _File(config, what, loading=True)
-    for hits, cls in ((named, "Module"), (parameters, "Parameter")):
-        alike: dict[tuple[int, float], list[Term]] = {}
-        for name, rank, alpha in hits:
-            alike.setdefault((rank, alpha), []).append(End(name, anchored=True, cls=cls))
-        for (rank, alpha), terms in alike.items():
-            file.patch(Cell(rank, alpha, terms), [], dropout=cls == "Module")
+    """The same for modules and parameters that are known by name."""
+    file = _File(config, what, loading)
+    modules = list(modules)
+    file.named = [End(one.name, anchored=True) for one in modules]
+    for hits, cls in ((modules, MODULE), (parameters, PARAMETER)):
+        alike: dict[tuple[int, float], list[str]] = {}
+        for one in hits:
+            alike.setdefault((one.rank, one.alpha), []).append(one.name)
+        for (rank, alpha), names in alike.items():
+            file.patch(rank, alpha, selectors(names, cls), [], cls)
+    if not parameters:
+        file.parameters()
     file.trained()
     return file.text(what)
 
@@ -73,15 +86,22 @@ class _File:
         self.config, self.what, self.loading = config, what, loading
         self._aliases: list[str] = []
         self._statements: list[str] = []
-        self._targets: list[str] = []
-        """The aliases of what is patched."""
+        self.named: list[Term] | None = None
+        """The modules with an adapter, where they are known by name."""
 
     def targets(self) -> None:
-        modules, parameters = module_terms(self.config), parameter_terms(self.config)
-        if not modules and not parameters:
+        modules = module_terms(self.config)
+        if not modules and not self.config.target_parameters:
             refuse(self.what, "target_modules", "it is empty, and target_parameters too: nothing would be changed")
-        self._cells(modules, self._without(self.config, modules))
-        self._cells(parameters, [])
+        self._cells(modules, self._without(self.config, modules), MODULE)
+        self.parameters()
+
+    def parameters(self) -> None:
+        parted = cells(self.config, parameter_terms(self.config))
+        # The weight of a linear is that linear: to_peft names one so where PEFT would misread its name.
+        linears = [Cell(c.rank, c.alpha, [o for t in c.terms if (o := owner(t)) is not None]) for c in parted]
+        of_linears = self._patches([cell for cell in linears if cell.terms], [], MODULE, alone=not parted)
+        self._require(of_linears + self._patches(parted, of_linears, PARAMETER, alone=not of_linears))
 
     def by_model_type(self) -> None:
         known: list[str] = []
@@ -89,7 +109,7 @@ class _File:
             body, self._statements = self._statements, []
             config = self.config.model_copy(update={"target_modules": given})
             modules = module_terms(config)
-            self._cells(modules, self._without(config, modules))
+            self._cells(modules, self._without(config, modules), MODULE)
             inner = "".join(f"  {line}\n" for text in self._statements for line in text.split("\n"))
             self._statements = [*body, f"when config.model_type in {_list(kinds)} {{\n{inner}}}"]
             known += kinds
@@ -100,20 +120,28 @@ class _File:
         parts = (("excluded", excluded_terms(config, modules)), ("spared", spared_terms(config)))
         return [self._alias(name, terms) for name, terms in parts if terms]
 
-    def _cells(self, terms: Sequence[Term], out: Sequence[str]) -> None:
-        earlier: list[str] = []
-        parted = cells(self.config, terms)
-        for cell in parted:
-            earlier.append(self.patch(cell, [*out, *earlier], alone=len(parted) == 1))
-        if len(parted) > 1:
-            # Every part may be empty, and all together may not.
-            self._statements.append("require " + " or ".join(f"has(@{name})" for name in earlier))
+    def _cells(self, terms: Sequence[Term], out: Sequence[str], cls: str) -> None:
+        self._require(self._patches(cells(self.config, terms), out, cls))
 
-    def patch(self, cell: Cell, without: Sequence[str], *, alone: bool = True, dropout: bool = True) -> str:
-        """A patch of what is in the cell; returns the name of its alias."""
-        name = self._alias("targets" if cell.terms[0].cls != "Parameter" else "parameters", cell.terms)
-        self._targets.append(name)
-        arguments = ", ".join(f"{k}={_value(v)}" for k, v in self._arguments(cell, dropout).items())
+    def _patches(self, parted: Sequence[Cell], out: Sequence[str], cls: str, *, alone: bool = True) -> list[str]:
+        """A patch of each cell; returns their aliases."""
+        made: list[str] = []
+        for cell in parted:
+            chosen = [term.selector() for term in cell.terms]
+            made.append(self.patch(cell.rank, cell.alpha, chosen, [*out, *made], cls, alone=alone and len(parted) == 1))
+        return made
+
+    def _require(self, aliases: Sequence[str]) -> None:
+        """Every one of them may be empty, and all together may not."""
+        if len(aliases) > 1:
+            self._statements.append("require " + " or ".join(f"has(@{name})" for name in aliases))
+
+    def patch(
+        self, rank: int, alpha: float, chosen: Sequence[str], without: Sequence[str], cls: str, *, alone: bool = True
+    ) -> str:
+        """A patch of what is chosen; returns the name of its alias."""
+        name = self._named("targets" if cls == MODULE else "parameters", chosen)
+        arguments = ", ".join(f"{k}={_value(v)}" for k, v in self._arguments(rank, alpha, cls == MODULE).items())
         clauses = [f"with lora({arguments})"]
         if without:
             clauses.append("except " + " | ".join(f"@{other}" for other in without))
@@ -122,11 +150,10 @@ class _File:
         self._statements.append("\n  ".join([f"patch @{name}", *clauses]))
         return name
 
-    def _arguments(self, cell: Cell, dropout: bool) -> dict[str, Any]:
+    def _arguments(self, rank: int, alpha: float, module: bool) -> dict[str, Any]:
         config = self.config
-        alpha = int(cell.alpha) if float(cell.alpha).is_integer() else cell.alpha
-        given: dict[str, Any] = {"rank": cell.rank, "alpha": alpha}
-        if config.lora_dropout and dropout:
+        given: dict[str, Any] = {"rank": rank, "alpha": int(alpha) if float(alpha).is_integer() else alpha}
+        if config.lora_dropout and module:  # PEFT has none on parameters
             given["dropout"] = config.lora_dropout
         for name, ours in (("use_rslora", "use_rslora"), ("use_dora", "dora"), ("lora_bias", "bias")):
             if getattr(config, name):
@@ -145,17 +172,22 @@ class _File:
             self._lora_biases()
 
     def _lora_biases(self) -> None:
-        modules = module_terms(self.config)
+        modules = module_terms(self.config) if self.named is None else self.named
+        if not modules:
+            return
         name = self._alias("biases", [term.below("bias") for term in modules])
-        out = self._without(self.config, modules)
+        out = self._without(self.config, modules) if self.named is None else []
         but = " except " + " | ".join(f"@{other}" for other in out) if out else ""
         self._statements.append(f"train @{name}{but} expect any")
 
     def _alias(self, name: str, terms: Sequence[Term]) -> str:
-        selectors = list(dict.fromkeys(term.selector() for term in terms))
-        body = " | ".join(selectors)
+        return self._named(name, [term.selector() for term in terms])
+
+    def _named(self, name: str, chosen: Sequence[str]) -> str:
+        chosen = list(dict.fromkeys(chosen))
+        body = " | ".join(chosen)
         if len(body) > 90:
-            body = "\n  " + "\n  | ".join(selectors)
+            body = "\n  " + "\n  | ".join(chosen)
         known = next((a for a in self._aliases if a.partition(" = ")[2] == body), None)
         if known:
             return known.partition(" = ")[0].removeprefix("alias ")

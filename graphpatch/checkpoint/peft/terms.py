@@ -41,13 +41,16 @@ class End:
         return End(f"{self.name}.{name}", self.anchored, PARAMETER)
 
     def selector(self) -> str:
-        steps = []
-        for segment in self.name.split("."):
-            if not segment or "*" in segment or "\n" in segment:
-                return _regex_selector(self.regex(), self.cls)
-            plain = SEGMENT.fullmatch(segment) and not set("?{}") & set(segment) and segment not in KEYWORDS
-            steps.append(Step(kind="glob" if plain else "quoted", name=segment))
-        return format_selector(PathSelector(anchored=self.anchored, steps=tuple(steps), cls=self.cls))
+        segments = self.name.split(".")
+        if any(not segment or "*" in segment or "\n" in segment for segment in segments):
+            return _regex_selector(self.regex(), self.cls)
+        return format_selector(PathSelector(anchored=self.anchored, steps=tuple(map(step, segments)), cls=self.cls))
+
+
+def step(segment: str) -> Step:
+    """A segment of a name, in quotes where it would mean something else without."""
+    plain = SEGMENT.fullmatch(segment) and not set("?{}") & set(segment) and segment not in KEYWORDS
+    return Step(kind="glob" if plain else "quoted", name=segment)
 
 
 @dataclass(frozen=True)

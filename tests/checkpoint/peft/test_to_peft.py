@@ -6,7 +6,20 @@ import pytest
 import torch
 
 import graphpatch
-from tests.checkpoint.peft.models import ConvNet, bert, by_peft, gpt2, llama, logits, t5, trained
+from tests.checkpoint.peft.models import (
+    ConvNet,
+    bert,
+    by_peft,
+    deepseek,
+    gpt2,
+    gpt_oss,
+    llama,
+    logits,
+    mixtral,
+    qwen3_moe,
+    t5,
+    trained,
+)
 
 FREEZE = "\nfreeze ** except @new"
 CASES = {
@@ -37,6 +50,35 @@ CASES = {
     "t5": (t5, "patch decoder.block[*].**.{q,v} with lora(rank=4, alpha=6)"),
     "convolutions": (ConvNet, "patch first | row | head with lora(rank=4, alpha=6)"),
     "convolution with groups": (ConvNet, "patch grouped with lora(rank=4, alpha=6)"),
+    "DoRA": (llama, "patch q_proj | down_proj with lora(rank=4, alpha=6, dora=true)"),
+    "DoRA, embedding": (llama, "patch embed_tokens with lora(rank=4, dora=true)"),
+    "DoRA, gpt2": (gpt2, "patch c_attn with lora(rank=4, dora=true)"),
+    "DoRA, convolutions": (ConvNet, "patch first | row with lora(rank=4, dora=true)"),
+    "bias of B": (gpt2, "patch c_attn with lora(rank=4, bias=true)"),
+    "bias of B, on some": (gpt2, "patch c_attn with lora(rank=4, bias=true) patch c_fc with lora(rank=2)"),
+    "PiSSA": (llama, 'patch q_proj with lora(rank=4, alpha=6, init="pissa")'),
+    "PiSSA, rsLoRA, on some": (
+        llama,
+        'patch q_proj with lora(rank=4, init="pissa", use_rslora=true) patch v_proj with lora(rank=4)',
+    ),
+    "PiSSA and DoRA": (llama, 'patch q_proj with lora(rank=4, init="pissa", dora=true)'),
+    "OLoRA": (llama, 'patch q_proj | v_proj with lora(rank=4, init="olora")'),
+    "orthogonal": (llama, 'patch q_proj with lora(rank=4, init="orthogonal")'),
+    "mixtral, experts": (mixtral, "patch experts.{gate_up,down}_proj | q_proj with lora(rank=4, alpha=6)"),
+    "mixtral, one stack": (mixtral, "patch experts.gate_up_proj with lora(rank=4, alpha=6)"),
+    "mixtral, two ranks": (
+        mixtral,
+        "patch experts.gate_up_proj with lora(rank=4) patch experts.down_proj | q_proj with lora(rank=2, alpha=3)",
+    ),
+    "mixtral, router trained": (mixtral, "patch experts.down_proj with lora(rank=4)", "train mlp.gate"),
+    "mixtral, stack trained": (
+        mixtral,
+        "patch experts.down_proj with lora(rank=4)",
+        "train experts.gate_up_proj | layers[0].**.experts.down_proj",
+    ),
+    "qwen3 moe, a dense layer": (qwen3_moe, "patch mlp.{gate,up,down}_proj | experts.down_proj with lora(rank=4)"),
+    "deepseek, all linears": (deepseek, "patch @layers[*].**:Linear | experts.gate_up_proj with lora(rank=4)"),
+    "gpt-oss, experts": (gpt_oss, "patch experts.{gate_up,down}_proj | q_proj with lora(rank=4, alpha=6)"),
     "convolutions, norm trained": (ConvNet, "patch first with lora(rank=4)", "train norm"),
 }
 
@@ -45,7 +87,7 @@ CASES = {
 def test_peft_computes_the_same(case, tmp_path):
     make, rules, *more = CASES[case]
     model, base = make(), make()
-    patch = trained(model, rules + FREEZE + "\n" + "".join(more))
+    patch = trained(model, "use roles " + rules + FREEZE + "\n" + "".join(more))
     expected = logits(model).detach()
     assert not torch.allclose(expected, logits(base), atol=1e-3)
     graphpatch.to_peft(patch, tmp_path)

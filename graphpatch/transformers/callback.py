@@ -78,6 +78,13 @@ class AdapterCheckpoint(TrainerCallback):
         if not isinstance(patch.model, PreTrainedModel) and args.should_save and args.output_dir is not None:
             write(patch, Path(args.output_dir, f"checkpoint-{state.global_step}"), self.peft)
 
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Of a checkpoint the Trainer copies into the folder that it uploads only the files it knows.
+        if args.should_save and args.output_dir is not None:
+            write(self._patch_on(kwargs["model"]), args.output_dir, self.peft)
+
     # ── which patch ──
     def _patch_on(self, model: nn.Module) -> Patch:
         """The patch, if the model being trained is the one that it is on."""

@@ -27,6 +27,7 @@ from graphpatch.transformers import AdapterCheckpoint
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
 LORA = "patch :Linear with lora(rank=4, alpha=8, dropout=0.1)  except ^lm_head\nfreeze ** except @new"
+MOE = LORA + "\npatch experts.{gate_up_proj,down_proj} with lora(rank=2)"
 BERT = "patch {query,value} with lora(rank=4, dropout=0.1)\nfreeze ** except @new\ntrain ^classifier | ^bert.pooler"
 GPT2 = "patch {c_attn,c_proj} with lora(rank=4, dropout=0.1)\nfreeze ** except @new"
 ROOT = Path(__file__).parents[2]
@@ -55,7 +56,7 @@ def bert() -> BertForSequenceClassification:
     return BertForSequenceClassification(BertConfig(**SMALL, vocab_size=64, num_labels=3))
 
 
-KINDS = {"llama": (llama, LORA), "mixtral": (mixtral, LORA), "gpt2": (gpt2, GPT2), "bert": (bert, BERT)}
+KINDS = {"llama": (llama, LORA), "mixtral": (mixtral, MOE), "gpt2": (gpt2, GPT2), "bert": (bert, BERT)}
 
 
 def data(model: nn.Module, n: int = 32) -> list[dict[str, torch.Tensor]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -257,3 +259,26 @@ def test_pipelines(tokenizer):
     assert answer["score"] == pytest.approx(model(ids).logits.softmax(-1).max().item(), abs=1e-6)
     features = pipeline("feature-extraction", model=model.bert, tokenizer=tokenizer, device="cpu")("a b c")
     torch.testing.assert_close(torch.tensor(features), model.bert(ids).last_hidden_state.detach())
+
+
+def test_what_is_pushed_to_the_hub_is_an_adapter(tmp_path, monkeypatch):
+    pushed = []
+
+    class Hub:
+        def create_repo(self, name, **options):
+            return SimpleNamespace(repo_id=name)
+
+        def upload_folder(self, folder_path, **options):
+            pushed.append(tmp_path / "pushed" / str(len(pushed)))
+            shutil.copytree(folder_path, pushed[-1], ignore=shutil.ignore_patterns("checkpoint-*"))
+            return SimpleNamespace(done=lambda: True, result=lambda: None)
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    model, patch = patched()
+    run = trainer(
+        model, tmp_path / "run", AdapterCheckpoint(patch), push_to_hub=True, hub_model_id="me/it", max_steps=2
+    )
+    run.train()
+    assert len(pushed) == 1
+    graphpatch.load_adapter(llama(), pushed[0])
+    assert not (pushed[0] / "config.json").exists()

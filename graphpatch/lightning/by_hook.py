@@ -12,7 +12,7 @@ from torch import nn
 
 from ..lang.diagnostics import ApplyError
 from ..ops.op import Op
-from ..plan.plan import Plan, Step
+from ..plan.plan import Outcome, Plan, Step
 from ..rewrites.replace import cast_new
 from ..rewrites.rewrite import Replacement
 from .problem import refusal
@@ -66,7 +66,9 @@ def given_step(plan: Plan, modules: Mapping[str, nn.Module], hook: str) -> Plan:
         op._modules[id(old)] = new
         before = plan.tree.signature(node).cls
         steps.append(Step(op, hook, None, [node], None, f"{__name__}:GivenModule", {}, before, type(new).__name__))
-    return replace(plan, steps=steps)
+    told = Outcome(hook, "another module", len(modules), "")
+    totals = plan.totals._replace(replaced=plan.totals.replaced + len(modules))
+    return replace(plan, steps=steps, outcomes=[*plan.outcomes, told], totals=totals)
 
 
 def refuse_answer(hook: str, path: str, answer: Any) -> ApplyError:

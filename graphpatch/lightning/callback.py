@@ -11,6 +11,7 @@ from os import PathLike
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
@@ -19,6 +20,7 @@ from ..patch.patch import Patch, patches
 from ..plan.plan import Plan
 from ..plan.ruleset import RuleSet, load
 from . import checks
+from .atomic import AtomicIO
 from .base import Base, load_base
 from .contents import keep_what_changes
 from .problem import refusal
@@ -125,6 +127,7 @@ class ModelTransform(pl.Callback):
         checks.refuse_mixed(trainer, pl_module)
         checks.refuse_swallowed(pl_module)
         checks.refuse_other_callbacks(trainer, self)
+        write_whole_files(trainer)
         transform = self._agreed(pl_module)
         transform.identity()  # rules that cannot be read are told of before anything is built
         # `configure_model` is called after every setup and before anything wraps the model. A partial, since Lightning
@@ -172,6 +175,10 @@ class ModelTransform(pl.Callback):
                 write_plan(logger, self._plan_text)
 
     # ── randomness, so that a resumed run is the run that was not stopped ──
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if Randomness.of(pl_module).waiting is not None:
+            checks.warn_of_replay(trainer)
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -220,6 +227,12 @@ def by_function(function: Callable[[nn.Module], Any], model: nn.Module) -> Patch
             "change the model in place, and return it or nothing",
         )
     return next((patch for patch in patches(model) if patch not in before), None)
+
+
+def write_whole_files(trainer: pl.Trainer) -> None:
+    """Checkpoints are written as a whole or not at all, unless the user has a way of writing them."""
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = AtomicIO()
 
 
 def write_plan(logger: Any, text: str) -> None:

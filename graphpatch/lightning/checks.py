@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -93,3 +94,15 @@ def refuse_uncovered(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             f"the optimizer holds none of the {len(trained)} parameters that train, `{trained[0][0]}` first",
             "make it in configure_optimizers, which is called after the transform, and not in __init__",
         )
+
+
+def warn_of_replay(trainer: pl.Trainer) -> None:
+    """Resumed within an epoch, a loader that knows no place begins it anew, and no batch is what it would have been."""
+    loaders = trainer.train_dataloader
+    for loader in loaders if isinstance(loaders, (list, tuple)) else [loaders]:
+        if not hasattr(loader, "load_state_dict"):
+            warnings.warn(
+                f"graphpatch: the checkpoint is from within an epoch, and {type(loader).__name__} cannot go on there: "
+                "Lightning gives its batches from the first again. graphpatch.lightning.ResumableDataLoader goes on.",
+                stacklevel=2,
+            )

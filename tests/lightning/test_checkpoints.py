@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import save_file
 
 import graphpatch
-from graphpatch.lightning import ModelTransform, load_from_checkpoint
+from graphpatch.lightning import ModelTransform, ResumableDataLoader, load_from_checkpoint
 
 from .common import Module, data, factors, trainer
 
@@ -133,3 +133,29 @@ def test_saved_later_and_loaded_by_hand_it_is_the_same(tmp_path):
     module.load_state_dict(held)
     with pytest.raises(RuntimeError, match="lora_A"):
         module.load_state_dict({k: v for k, v in held.items() if "lora_A" not in k})
+
+
+def resumable() -> ResumableDataLoader:
+    return ResumableDataLoader(data(8).dataset, batch_size=4, shuffle=True)
+
+
+@pytest.mark.parametrize("step", [3, 8, 11, 16])
+def test_resumed_within_an_epoch_with_a_loader_that_can(tmp_path, step):
+    def fitted(module: Module, loader: Any, path: Any = None, **options: Any) -> Module:
+        torch.manual_seed(5)
+        saver = ModelCheckpoint(tmp_path, every_n_train_steps=step, save_top_k=-1, filename="{step}")
+        options = {"enable_checkpointing": True, "max_epochs": 3, **options}
+        trainer(tmp_path, lora(), saver, **options).fit(module, loader, ckpt_path=path)
+        return module
+
+    whole = fitted(Module(), resumable())
+    torch.manual_seed(77)
+    rest = fitted(Module(), resumable(), tmp_path / f"step={step}.ckpt")
+    assert rest.losses == whole.losses[step:]
+
+
+def test_resumed_within_an_epoch_with_a_loader_that_cannot_is_told(tmp_path):
+    module, saver = Module(), ModelCheckpoint(tmp_path, every_n_train_steps=3, save_last=True)
+    trainer(tmp_path, lora(), saver, enable_checkpointing=True, max_steps=3).fit(module, data(8))
+    with pytest.warns(UserWarning, match="ResumableDataLoader goes on"):
+        trainer(tmp_path, lora(), max_epochs=1).fit(Module(), data(8), ckpt_path=saver.last_model_path)

@@ -1,0 +1,100 @@
+"""Checkpoints that are there as a whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+_STRAY = ".tmp-"
+
+
+class AtomicIO(TorchCheckpointIO):
+    """Lightning's own file, written beside its place, synced, and renamed: a crash leaves the old one or the new one.
+
+    Lightning writes to the system's temporary folder and moves the file; where that is another filesystem, moving is
+    copying, and a crash leaves half of it. Paths that are no local files (`s3://`) are written as Lightning does.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        if "://" in str(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent)
+        beside = path.with_name(f"{path.name}{_STRAY}{os.getpid()}")
+        try:
+            with beside.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """A rename is on disk when its folder is."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what processes that are gone have left half-written."""
+    for stray in folder.glob(f"*{_STRAY}*"):
+        number = stray.name.rpartition(_STRAY)[2]
+        if number.isdecimal() and not _alive(int(number)):
+            with suppress(OSError):
+                stray.unlink()
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def last_whole(folder: str | os.PathLike[str]) -> Path | None:
+    """The newest checkpoint in `folder` that is whole, None where there is none: what to resume from after a crash.
+
+    A file is whole if every part of it can be read, a sharded one (a folder) if what is written last is there.
+    """
+    found = [path for path in Path(folder).rglob("*") if _is_checkpoint(path)]
+    newest = sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    return next((path for path in newest if _whole(path)), None)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    if path.is_dir():
+        return any(_parts(path))
+    return path.suffix in (".ckpt", ".pt", ".pth") and _STRAY not in path.name and not any(_parts(path.parent))
+
+
+def _parts(folder: Path) -> Iterator[Path]:
+    return folder.glob("*.distcp")
+
+
+def _whole(path: Path) -> bool:
+    if path.is_dir():
+        return (path / ".metadata").is_file() and (path / "meta.pt").is_file()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False

@@ -1,0 +1,127 @@
+"""A checkpoint is there as a whole or not at all, whatever happens to the process that writes it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from graphpatch.lightning import AtomicIO, last_whole
+
+from .common import Module, data, trainer
+from .test_checkpoints import lora
+
+WRITER = """
+import sys, torch
+from graphpatch.lightning import AtomicIO
+io, big = AtomicIO(), torch.arange(2_000_000)
+for number in range(10_000):
+    io.save_checkpoint({"number": number, "big": big + number}, sys.argv[1])
+    print(number, flush=True)
+"""
+
+
+def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path):
+    path = tmp_path / "last.ckpt"
+    for wait in (0.0, 0.003, 0.006, 0.009, 0.013, 0.02):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
+        assert writer.stdout is not None
+        for _ in range(3):
+            writer.stdout.readline()
+        time.sleep(wait)
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        held = torch.load(path, weights_only=True)
+        assert torch.equal(held["big"], torch.arange(2_000_000) + held["number"])
+        assert last_whole(tmp_path) == path
+    AtomicIO().save_checkpoint({"number": 0}, path)
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]  # what the killed ones left is gone
+
+
+def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a.ckpt"
+    AtomicIO().save_checkpoint({"number": 1}, path)
+    with pytest.raises(Exception, match="pickle"):
+        AtomicIO().save_checkpoint({"number": 2, "bad": (i for i in range(3))}, path)
+    assert torch.load(path, weights_only=True) == {"number": 1} and os.listdir(tmp_path) == ["a.ckpt"]
+
+
+def test_last_whole_passes_over_what_is_torn(tmp_path):
+    assert last_whole(tmp_path) is None
+    for number in range(3):
+        AtomicIO().save_checkpoint({"number": number}, tmp_path / f"{number}.ckpt")
+        os.utime(tmp_path / f"{number}.ckpt", (number + 1, number + 1))
+    torn = tmp_path / "2.ckpt"
+    torn.write_bytes(torn.read_bytes()[:-40])
+    (tmp_path / "sharded").mkdir()
+    (tmp_path / "sharded" / "__0_0.distcp").write_bytes(b"")
+    assert last_whole(tmp_path) == tmp_path / "1.ckpt"
+    (tmp_path / "sharded" / ".metadata").write_bytes(b"")
+    (tmp_path / "sharded" / "meta.pt").write_bytes(b"")
+    assert last_whole(tmp_path) == tmp_path / "sharded"
+
+
+def test_the_trainer_writes_so_unless_the_user_has_a_way(tmp_path):
+    class Mine(AtomicIO):
+        pass
+
+    for given, expected in ((None, AtomicIO), (Mine(), Mine)):
+        t = trainer(tmp_path, lora(), plugins=[given] if given else None)
+        t.fit(Module(), data())
+        assert type(t.strategy.checkpoint_io) is expected
+
+
+RUN = """
+import sys, time, torch
+from pathlib import Path
+from lightning.pytorch.callbacks import ModelCheckpoint
+from graphpatch.lightning import ResumableDataLoader, last_whole
+from tests.lightning.common import Module, data, trainer
+from tests.lightning.test_checkpoints import lora
+
+class Slow(Module):
+    def training_step(self, batch, index):
+        loss = super().training_step(batch, index)
+        print(f"{self.global_step} {loss.item()!r}", flush=True)
+        time.sleep(float(sys.argv[2]))
+        return loss
+
+folder = Path(sys.argv[1])
+saver = ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+torch.manual_seed(5)
+loader = ResumableDataLoader(data(8).dataset, batch_size=4, shuffle=True)
+path = last_whole(folder) if folder.exists() else None
+trainer(folder, lora(), saver, enable_checkpointing=True, max_epochs=3).fit(Slow(), loader, ckpt_path=path)
+"""
+
+
+def test_a_run_that_is_killed_again_and_again_is_the_run_that_was_not(tmp_path):
+    def started(folder: Path, wait: float) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", RUN, str(folder), str(wait)]
+        root = str(Path(__file__).parents[2])
+        environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+
+    def said(lines: list[str]) -> dict[int, str]:
+        return {int(step): loss for step, loss in (line.split() for line in lines if line[0].isdigit())}
+
+    whole = said(started(tmp_path / "whole", 0).communicate()[0].splitlines())
+    assert sorted(whole) == list(range(24))
+    losses: dict[int, str] = {}
+    for kill_after in (5, 9, None):
+        run = started(tmp_path / "killed", 0.01 if kill_after else 0)
+        lines: list[str] = []
+        assert run.stdout is not None
+        for line in run.stdout:
+            lines.append(line)
+            if len(said(lines)) == kill_after:
+                run.send_signal(signal.SIGKILL)
+        run.wait()
+        losses |= said(lines)
+    assert losses == whole

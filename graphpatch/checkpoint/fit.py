@@ -106,18 +106,17 @@ def _fitted(saved: Saved, theirs: _Place | None, mine: _Place) -> Iterator[tuple
     for role, shape in shapes.items():
         value = saved.tensors[theirs.key(role)].float()
         value = value * ratio if role in ("lora_B", "lora_B_bias") else value
-        # Of a grouped convolution each group has its own share of A's rows.
-        groups = 1 if mine.step.parameter else max(1, mine.op.rank // mine.shape("lora_B")[1])
-        yield mine.key(role), _padded(value, theirs.shape(role), shape, groups if role == "lora_A" else 1)
+        yield mine.key(role), _padded(value, theirs.shape(role), shape, theirs.shape("lora_B")[1])
 
 
-def _padded(value: torch.Tensor, before: Shape, after: Shape, groups: int) -> torch.Tensor:
-    """Zeros up to the other rank, at the axis in which the shapes differ; what the file has in no such shape is left to
-    be refused."""
+def _padded(value: torch.Tensor, before: Shape, after: Shape, share: int) -> torch.Tensor:
+    """Zeros up to the other rank, at the axis in which the shapes differ. Of a grouped convolution the rows of A are
+    each group's `share` of the rank, one after the other. What the file has in no such shape is left to be refused."""
     axes = [at for at, (one, two) in enumerate(zip(before, after)) if one != two]
     if tuple(value.shape) != before or len(axes) != 1:
         return value
     (at,) = axes
+    groups = before[0] // share if at == 0 else 1
     apart = value.unflatten(at, (groups, -1))
     room = (0, 0) * (apart.dim() - at - 2) + (0, (after[at] - before[at]) // groups)
     return pad(apart, room).flatten(at, at + 1)

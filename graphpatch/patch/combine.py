@@ -27,6 +27,7 @@ from ..rewrites.combining import (
     on_factors,
     on_products,
 )
+from ..rewrites.stacks import shares, stacked, unstacked
 from ..tree.compress import compress
 from ..tree.tree import Tree
 from .adapters import Adapters, Name, quoted
@@ -79,7 +80,10 @@ def combine(
         raise ApplyError(Diagnostic("GP528", f"there is an adapter called {quoted(name)} already", fixes=(fix,)))
     tree, targets = _sources(found, weights)
     with torch.no_grad():
-        results = {target: _combined(tree, target, held, how) for target, held in targets.items()}
+        results = {
+            (node, parameter): _combined(tree.paths[node], tree.modules[node], held, how)  # type: ignore[index]
+            for (node, parameter), held in targets.items()
+        }
     return _added(model, name, tree, results)
 
 
@@ -181,7 +185,7 @@ def _sources(found: Adapters, weights: Mapping[Name, float]) -> tuple[Tree, dict
                     entry = entries.pop((modules[node], tuple(step.adds)), None)
                     if entry is not None:
                         op = _plain(step.op, name, plan.tree.paths[node])
-                        update = _update(modules[node], entry, weight, stack=step.parameter is not None)
+                        update = _update(modules[node], entry, weight)
                         targets.setdefault((node, step.parameter), []).append(_Source(op, update))
             if entries:
                 raise _not(name, "what its rules mean has changed since it was applied")
@@ -199,42 +203,37 @@ def _plain(op: Op, name: Name, path: str) -> Lora:
     return op
 
 
-def _update(module: nn.Module, entry: Any, weight: float, stack: bool) -> Update:
-    """In float32 at least. Of a grouped convolution each group has its share of the rank: a stack of so many."""
+def _update(module: nn.Module, entry: Any, weight: float) -> Update:
+    """In float32 at least."""
     a, b = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in entry.factors(partial(getattr, module)))
-    if not (stack and a.dim() == 3):
-        groups = max(1, len(a) // b.shape[1])
-        a, b = a.reshape(groups, len(a) // groups, -1), b.reshape(groups, len(b) // groups, b.shape[1])
-    return Update(a, b, entry.scale, weight)
+    return Update(*stacked(a, b, module), entry.scale, weight)
 
 
 # ── what becomes of it ──
 
 
-def _combined(tree: Tree, target: Target, held: Sequence[_Source], how: _How) -> _Result:
-    path, updates = tree.paths[target[0]], [source.update for source in held]
-    # Of the shares of a grouped convolution the rank is the sum; of experts each has it whole.
-    shares = 1 if target[1] else len(updates[0].a)
+def _combined(path: str, module: nn.Module, held: Sequence[_Source], how: _How) -> _Result:
+    parts, updates = shares(module), [source.update for source in held]
     ranks = [u.a.shape[1] for u in updates]
     if how.name == "cat":
         a, b = concatenated(updates)
     elif how.method.dense:
-        rank = how.rank or max(ranks) * shares
-        if rank % shares:
-            raise _wrong(f"`{path}` has {shares} groups, which split the rank among them, and {rank} is no multiple")
-        a, b = on_products(updates, rank // shares, how.method, how.prune, how.majority)
+        rank = how.rank or max(ranks) * parts
+        if rank % parts:
+            raise _wrong(f"`{path}` has {parts} groups, which split the rank among them, and {rank} is no multiple")
+        a, b = on_products(updates, rank // parts, how.method, how.prune, how.majority)
     elif len(set(ranks)) > 1:
         raise ApplyError(
             Diagnostic(
                 "GP526",
                 f"method={how.name!r} adds factors of one rank, and on `{path}` they are of "
-                f"{', '.join(str(rank * shares) for rank in ranks)}",
+                f"{', '.join(str(rank * parts) for rank in ranks)}",
                 fixes=('method="cat" sums exactly, "svd" to a rank of your own', "or give the method with `_svd`"),
             )
         )
     else:
         a, b = on_factors(updates, how.method, how.prune, how.majority)
-    return _Result(_op(path, [source.op for source in held], a.shape[1] * shares), a, b)
+    return _Result(_op(path, [source.op for source in held], a.shape[1] * parts), a, b)
 
 
 def _op(path: str, ops: Sequence[Lora], rank: int) -> Lora:
@@ -286,9 +285,9 @@ def _fill(patch: Patch, plan: Plan, results: Mapping[Target, _Result]) -> None:
             for node in step.nodes:
                 module, result = modules[node], results[node, step.parameter]
                 entry = entries[module, tuple(step.adds)]
-                for key, value in (entry.a, result.a), (entry.b, result.b):
-                    factor = getattr(module, key)
-                    factor.copy_(value.reshape(factor.shape))
+                a, b = getattr(module, entry.a), getattr(module, entry.b)
+                a.copy_(unstacked(result.a, module, a.shape))
+                b.copy_(result.b.reshape(b.shape))
 
 
 def _wrong(title: str, *fixes: str) -> ApplyError:

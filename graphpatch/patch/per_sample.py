@@ -86,6 +86,7 @@ class _Places:
         self.paths: dict[nn.Module, list[str]] = {}
         for path, module in self.modules.items():
             self.paths.setdefault(module, []).append(path)
+        self._faults: dict[str, str] = {"": _time_first(model)}
 
     def path(self, module: nn.Module) -> str:
         return self.paths.get(module, ["?"])[0]
@@ -97,12 +98,17 @@ class _Places:
         if is_foreign(module) or bypassed(module):
             raise _mixed("its class or its forward was changed since it was patched", path)
         for each in self.paths.get(module, ()):
-            steps = each.split(".")
-            for depth in range(len(steps) + 1):
-                above = self.modules[".".join(steps[:depth])]
-                why = _routed(steps[depth - 1] if depth else "", above) or _time_first(above)
-                if why:
-                    raise _mixed(why, path)
+            why = self._fault(each)
+            if why:
+                raise _mixed(why, path)
+
+    def _fault(self, path: str) -> str:
+        """What keeps a module's rows from being those of the batch, there or anywhere above."""
+        if path not in self._faults:
+            above, _, name = path.rpartition(".")
+            module = self.modules[path]
+            self._faults[path] = self._fault(above) or _routed(name, module) or _time_first(module)
+        return self._faults[path]
 
 
 def _routed(name: str, module: nn.Module) -> str:

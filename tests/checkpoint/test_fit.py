@@ -50,6 +50,13 @@ def test_many_adapters_through_one_slot_of_a_compiled_model(tmp_path):
 
 KINDS = {
     "groups": (lambda: nn.Sequential(nn.Conv2d(4, 6, 3, groups=2)).eval(), 2, 6, torch.randn(2, 4, 5, 5), ""),
+    "transposed": (
+        lambda: nn.Sequential(nn.ConvTranspose2d(4, 6, 3, groups=2)).eval(),
+        2,
+        6,
+        torch.randn(2, 4, 5, 5),
+        "",
+    ),
     "embedding": (lambda: nn.Sequential(nn.Embedding(9, 4)).eval(), 2, 5, torch.arange(9), ""),
     "dora": (lambda: nn.Sequential(nn.Linear(4, 6)).eval(), 2, 3, torch.randn(2, 4), ", dora=true"),
     "bias": (lambda: nn.Sequential(nn.Linear(4, 6)).eval(), 2, 3, torch.randn(2, 4), ", bias=true"),

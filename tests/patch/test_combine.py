@@ -135,9 +135,10 @@ def test_svd_of_full_rank_is_exact_and_less_is_the_nearest():
     torch.testing.assert_close(layer.lora_B_two.detach() @ layer.lora_A_two.detach(), u[:, :2] * s[:2] @ v[:2])
 
 
-def test_groups_of_a_convolution_keep_their_share_of_the_rank():
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_groups_of_a_convolution_keep_their_share_of_the_rank(kind):
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2)).eval(), torch.randn(2, 4, 5, 5)
+    model, x = nn.Sequential(kind(4, 6, 3, groups=2)).eval(), torch.randn(2, 4, 5, 5)
     for at, name in enumerate(WEIGHTS):
         fill(patch(model, f"patch ^0 with lora(rank={2 + 2 * at}, alpha=3)", adapter=name), at)
     adapters = graphpatch.adapters(model)

@@ -30,11 +30,12 @@ KINDS = {
     "linear of sequences": (lambda: nn.Linear(6, 7), lambda n: torch.randn(n, 4, 6)),
     "embedding": (lambda: nn.Embedding(11, 6, padding_idx=0), lambda n: torch.randint(11, (n, 4))),
     "convolution": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1), lambda n: torch.randn(n, 4, 5, 5)),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2, stride=2), lambda n: torch.randn(n, 4, 5, 5)),
     "conv1d": (lambda: nn.Conv1d(4, 6, 3), lambda n: torch.randn(n, 4, 7)),
 }
 
 
-OPTIONS = {"embedding": ["dora=true"]}
+OPTIONS = {"embedding": ["dora=true"], "transposed": ["bias=true"]}
 """That a kind has; the others have all."""
 
 

@@ -88,6 +88,11 @@ def test_the_examples_of_the_adapters_page_run():
     run_python(ROOT / "docs" / "adapters.md")
 
 
+def test_the_examples_of_the_peft_page_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_python(ROOT / "docs" / "peft.md")
+
+
 def test_the_python_example_of_the_readme_runs(tmp_path, monkeypatch):
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -32,14 +32,19 @@ TAILS: Mapping[str, Mapping[str, str]] = {
     "convolution": _WEIGHTS,
     "experts": _WEIGHTS,
     "embedding": _WEIGHTS | {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"},
+    "transposed": {},
+    "attention": {},
 }
-"""By kind of target, from the name of what an adapter adds to what PEFT calls it, below its module."""
+"""By kind of target, from the name of what an adapter adds to what PEFT calls it, below its module. Where there is
+nothing, PEFT has no LoRA of that kind."""
 
 _KINDS = {
     "torch.nn.modules.sparse.Embedding": "embedding",
     "torch.nn.modules.conv.Conv1d": "convolution",
     "torch.nn.modules.conv.Conv2d": "convolution",
     "torch.nn.modules.conv.Conv3d": "convolution",
+    "torch.nn.modules.conv._ConvTransposeNd": "transposed",
+    "torch.nn.modules.activation.MultiheadAttention": "attention",
 }
 """By qualified class name; all else is a linear."""
 

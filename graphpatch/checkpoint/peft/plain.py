@@ -57,6 +57,8 @@ def plain(one: Adapted, added: Mapping[str, torch.Tensor]) -> Plain:
 
 def _refuse(one: Adapted) -> None:
     facts = one.signature.attributes
+    if not TAILS[one.kind]:
+        raise inexpressible(one.name, f"PEFT has no LoRA on {one.signature.cls} that this could be")
     if one.kind == "convolution":
         dilation = facts.get("dilation")
         if isinstance(dilation, tuple) and any(step != 1 for step in dilation):

@@ -55,6 +55,8 @@ def test_convolutions_that_peft_would_misread(tmp_path):
     model = nn.Sequential(nn.Conv1d(4, 4, 3, dilation=2), nn.Conv1d(4, 4, 3, padding=1, padding_mode="circular"))
     assert "dilation" in refused("GP625", trained(model, "patch ^0 with lora" + FREEZE), tmp_path)
     assert "circular" in refused("GP625", trained(model, "patch ^1 with lora" + FREEZE), tmp_path)
+    turned = nn.Sequential(nn.ConvTranspose1d(4, 4, 3))
+    assert "ConvTranspose1d" in refused("GP625", trained(turned, "patch ^0 with lora" + FREEZE), tmp_path)
     assert "root" in refused("GP625", trained(nn.Linear(3, 3), "patch ^ with lora" + FREEZE), tmp_path)
 
 

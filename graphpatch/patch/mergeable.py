@@ -35,6 +35,7 @@ class Weight:
 def weights_of(root: nn.Module, journal: Journal) -> list[Weight]:
     """The parameters that merging the patch changes, each once. Raises `ApplyError` (GP531) where it cannot be."""
     found: dict[tuple[int, str], Weight] = {}
+    inside = set(root.modules())
     for change in journal.changes:
         if isinstance(change, FastPathChange) or not change.modules:
             continue  # a hook that does nothing; weights that a loaded adapter brought, which are where they belong
@@ -42,6 +43,9 @@ def weights_of(root: nn.Module, journal: Journal) -> list[Weight]:
             raise _cannot(journal.path(change.nodes[0]), change, "it is no change of a weight", _APART)
         for node, module in zip(change.nodes, change.modules):
             path = journal.path(node)
+            if module not in inside:
+                why = "another module is in its place by now, as `resize_token_embeddings` sees to"
+                raise _cannot(path, change, why, "resize first, then apply the rules")
             for name, merging in _mergings(change, module, path).items():
                 owner, leaf = _owner(module, name)
                 weight = found.setdefault((id(owner), leaf), Weight((owner, leaf), f"{path}.{name}".removeprefix(".")))

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import dropout, embedding, linear
 
+from ..lang.diagnostics import ApplyError, Diagnostic
 from .lora_base import Adapter
 from .lora_options import LoraOfWeight
 
@@ -16,6 +17,7 @@ class LoraEmbedding(LoraOfWeight):
 
     weight: Tensor
     transposed = True
+    num_embeddings: int
     padding_idx: int | None
     scale_grad_by_freq: bool
 
@@ -41,6 +43,8 @@ class LoraEmbedding(LoraOfWeight):
         return self._dropping(adapter, added + self._gain_less_one(adapter, output) * (output + added))
 
     def _low_rank(self, z: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        if a.shape[1] != self.num_embeddings:
+            raise _outgrown(a.shape[1], self.num_embeddings)
         dtype = self.weight.dtype
         h = embedding(z, a.t(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq).to(dtype)
         delta = linear(h if scale == 1.0 else h * scale, b.to(dtype)).to(dtype)
@@ -53,3 +57,13 @@ class LoraEmbedding(LoraOfWeight):
         if not (adapter.dropout and self.training):
             return added
         return added * dropout(added.new_ones(added.shape[:-1]), adapter.dropout).unsqueeze(-1)
+
+
+def _outgrown(before: int, now: int) -> ApplyError:
+    return ApplyError(
+        Diagnostic(
+            "GP655",
+            f"an embedding of {before} tokens was patched, and has {now} by now",
+            fixes=("resize first (`resize_token_embeddings`), then apply the rules",),
+        )
+    )

@@ -282,3 +282,12 @@ def test_what_is_pushed_to_the_hub_is_an_adapter(tmp_path, monkeypatch):
     assert len(pushed) == 1
     graphpatch.load_adapter(llama(), pushed[0])
     assert not (pushed[0] / "config.json").exists()
+
+
+def test_a_sharded_model_is_refused(tmp_path):
+    model, patch = patched()
+    run = trainer(model, tmp_path, AdapterCheckpoint(patch))
+    model.lm_head.weight.ds_id = 0  # by which DeepSpeed marks what ZeRO stage 3 has taken away
+    with pytest.raises(graphpatch.Error, match="ZeRO stage 3") as caught:
+        run.train()
+    assert caught.value.code == "GP654"

@@ -25,9 +25,11 @@ from .config import LoraConfig, read_config
 from .files import read_tensors
 from .keys import PREFIX, adapted, adapter_path, base_name, canonical, peft_key
 from .layout import ours
+from .names import Named as NamedTarget
 from .names import asks_for_names, module_paths, of_name
 from .rules import rule_set, rules_of_names, rules_text
 from .shift import Moved, moved_to
+from .unfused import fused
 
 _SHOWN = 6
 
@@ -97,29 +99,35 @@ class _File:
     """Where the modules of the file stand in this model, if not where they stood when it was saved."""
     bare: bool = False
     """The base's weights are not there to compare with."""
+    experts: tuple[NamedTarget, ...] = ()
+    """Stacks of experts that the file has one by one."""
 
     @classmethod
     def read(cls, directory: str | PathLike[str], tree: Tree, bare: bool = False) -> _File:
         what, config = fspath(directory), read_config(directory)
         tensors = _canonical(read_tensors(directory), what)
-        paths = {key: path for key in tensors if (path := adapter_path(key)) is not None}
-        moved = moved_to(tree, list(paths.values()))
+        moved = moved_to(tree, [path for key in tensors if (path := adapter_path(key)) is not None])
         if moved is not None:
             warnings.warn(moved.warning(what), stacklevel=3)
             tensors = {PREFIX + moved.here(key.removeprefix(PREFIX)): value for key, value in tensors.items()}
             return cls(what, config, tensors, moved, bare)
-        nowhere = [key for key, path in paths.items() if tree.find(path.replace(".base_layer", "")) is None]
+        stacks = fused(config, tensors, tree, what)
+        tensors, experts = (tensors, []) if stacks is None else stacks
+        nowhere = [
+            key for key in tensors if (path := adapter_path(key)) and tree.find(path.replace(".base_layer", "")) is None
+        ]
         if nowhere:
             raise _misfit(what, [], nowhere, len(tensors))
-        return cls(what, config, tensors, None, bare)
+        return cls(what, config, tensors, None, bare, tuple(experts))
 
     def rules(self) -> RuleSet:
-        if self.moved is None and not asks_for_names(self.config):
+        if self.moved is None and not self.experts and not asks_for_names(self.config):
             return rule_set(rules_text(self.config, self.what, loading=True))
         here, there = (self.moved.here, self.moved.there) if self.moved else (str, str)
-        paths = module_paths(self.config, self.tensors)
+        stacked = {one.name.rpartition(".")[0] for one in self.experts}
+        paths = [path for path in module_paths(self.config, self.tensors) if path not in stacked]
         named = [of_name(self.config, there(path))._replace(name=here(there(path))) for path in paths]
-        return rule_set(rules_of_names(self.config, self.what, named))
+        return rule_set(rules_of_names(self.config, self.what, named, self.experts))
 
     def fitted(self, plan: Plan) -> tuple[Named, Named]:
         """What the plan adds, and base weights, by our names and in our layout. Raises `Error`."""

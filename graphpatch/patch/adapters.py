@@ -76,7 +76,7 @@ class Adapters:
         sum. Of DoRA, which is no sum, the number multiplies the scale inside; 0 switches any kind off.
         Raises `ApplyError`: GP545 for an unknown name, GP546 for a number that is not finite.
         """
-        changes = self.check_weights(weights or {})
+        changes = self.check_weights({} if weights is None else weights)
         if weights:
             refuse_selected(self.model)
             _refuse_merged(changes)
@@ -89,6 +89,8 @@ class Adapters:
 
     def check_weights(self, weights: Mapping[Name, float]) -> dict[Name, list[InPlaceChange]]:
         """What the named adapters are made of; raises as `weights` does."""
+        if not isinstance(weights, Mapping):
+            raise ApplyError(Diagnostic("GP546", "weights are given by name", fixes=("weights({name: number, ...})",)))
         changes = self._known(weights)
         for name, weight in weights.items():
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
@@ -107,7 +109,7 @@ class Adapters:
         Raises `ApplyError`: GP545 for an unknown name; GP547 where the rows of a module's input cannot be told apart
         (routed experts, inputs of (length, batch, ...)), or GP548 within, where a batch is none of so many samples.
         """
-        selection = [self._selected(row) for row in rows]
+        selection = [self._selected(row) for row in _samples(rows)]
         changes = self._changes()
         _refuse_merged(changes)
         with by_rows(self.model, selection, changes):
@@ -155,7 +157,7 @@ class Adapters:
     def _selected(self, row: Row) -> tuple[Name, ...]:
         if row is None:
             return (None,) if None in self._changes() else ()
-        return tuple(self._known((row,) if isinstance(row, str) else row))
+        return tuple(self._known(row if isinstance(row, (tuple, list)) else (row,)))
 
     def __repr__(self) -> str:
         active, weights = self.active, self.weights()
@@ -183,6 +185,13 @@ def _refuse_merged(changes: Mapping[Name, Iterable[InPlaceChange]]) -> None:
         if any(change.merged for change in held):
             fix = "take it out first: patch.unmerge()"
             raise ApplyError(Diagnostic("GP546", f"{quoted(name)} is merged into the weights", fixes=(fix,)))
+
+
+def _samples(rows: Sequence[Row]) -> Sequence[Row]:
+    if isinstance(rows, (str, Mapping)) or not isinstance(rows, Iterable):
+        fix = "one entry a sample, in the order of the batch: per_sample([name, None, (name, name), ...])"
+        raise ApplyError(Diagnostic("GP547", f"{rows!r} does not say an adapter for each sample", fixes=(fix,)))
+    return list(rows)
 
 
 def quoted(name: object) -> str:

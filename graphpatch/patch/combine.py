@@ -32,6 +32,7 @@ from ..tree.compress import compress
 from ..tree.tree import Tree
 from .adapters import Adapters, Name, quoted
 from .apply import apply_plan
+from .drift import unwrapped
 from .original import original_plan
 from .patch import Patch, adapter_changes
 from .refuse import refuse_selected
@@ -72,10 +73,12 @@ def combine(
     refuse_selected(model)
     how = _How.checked(method, rank, density, majority, seed)
     found = Adapters(model)
-    if not weights:
+    if not weights or not isinstance(weights, Mapping):
         raise _wrong("there is nothing to combine", "combine(model, {name: weight, ...}, new_name)")
+    if not isinstance(name, str):
+        raise _wrong(f"{name!r} is no name for the new adapter", "combine(model, {name: weight, ...}, new_name)")
     found.check_weights(weights)
-    if name in found.names or not isinstance(name, str):
+    if name in found.names:
         fix = f"adapters(model).delete({name!r}) takes that off"
         raise ApplyError(Diagnostic("GP528", f"there is an adapter called {quoted(name)} already", fixes=(fix,)))
     tree, targets = _sources(found, weights)
@@ -84,7 +87,8 @@ def combine(
             (node, parameter): _combined(tree.paths[node], tree.modules[node], held, how)  # type: ignore[index]
             for (node, parameter), held in targets.items()
         }
-    return _added(model, name, tree, results)
+    root = (tree.modules or [model])[0]
+    return _added(model if unwrapped(model) is root else root, name, tree, results)
 
 
 Target = tuple[int, str | None]
@@ -260,10 +264,9 @@ def _added(model: nn.Module, name: str, tree: Tree, results: Mapping[Target, _Re
         nodes, parameters = [n for n, p in targets if p is None], [(n, p) for n, p in targets if p is not None]
         lines.append(f"patch {' | '.join(compress(tree, nodes, parameters))} with {text} expect {len(targets)}")
     rules = parse("\n".join([*lines, "freeze ** except @new"]))
-    assert tree.modules is not None
-    plan = rules.plan(tree.modules[0], adapter=name)
+    plan = rules.plan(model, adapter=name)
     # The rules stand by themselves where they are loaded; here, what trains goes on as it did.
-    patch = apply_plan(replace(plan, grads=None), tree.modules[0], initialise=False)
+    patch = apply_plan(replace(plan, grads=None), model, initialise=False)
     try:
         for change in adapter_changes(patch._journal):
             change.active = False

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.modules.conv import _ConvNd
 
 from ..lang.diagnostics import ApplyError, Diagnostic
 from .lora_base import LoraModule
@@ -40,12 +41,15 @@ class ByRow(InPlace):
         return output
 
     def _add_to_rows(self, output: Tensor, input: Tensor, rows: Rows) -> Tensor:
-        batch = input.shape[0] if input.dim() else 1
+        batched = output.dim() > 1 and (not isinstance(self, _ConvNd) or input.dim() == self.weight.dim())
+        batch = input.shape[0] if batched else 1
         if batch % rows.samples or output.shape[:1] != input.shape[:1]:
             raise _odd_batch(rows, batch)
         beams, base = batch // rows.samples, output
         for at, (entry, samples) in enumerate(rows.chosen):
-            index = torch.tensor([i * beams + j for i in samples for j in range(beams)], device=input.device)
+            index = torch.tensor(
+                [i * beams + j for i in samples for j in range(beams)], dtype=torch.long, device=input.device
+            )
             update = self._addend(entry, input.index_select(0, index), base.index_select(0, index))  # type: ignore[operator]
             update = update.to(output.dtype)
             # The base's output may be somebody else's too; the copy that the first makes is ours.

@@ -297,6 +297,7 @@ def test_an_unknown_name_says_which_there_are():
         assert "there: `math`, `code`" in message and "did you mean `math`?" in message
     assert "no unnamed adapter" in refusal("GP545", lambda: adapters.activate(None))
     refusal("GP545", lambda: adapters.activate(["math"]))
+    refusal("GP546", lambda: adapters.weights(["math"]))
     for weight in float("nan"), float("inf"), "1", None, True:
         refusal("GP546", lambda weight=weight: adapters.weights({"code": 0.5, "math": weight}))
     assert state(model) == before

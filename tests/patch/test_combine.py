@@ -268,6 +268,8 @@ def test_what_is_refused():
         {"method": "dare_ties", "density": 0.5, "seed": "x"},
         {"method": None},
         {"weights": {}},
+        {"weights": ["math"]},
+        {"name": None},
     ):
         combine("GP525", **given)
     combine("GP528", name="math")

@@ -84,3 +84,38 @@ def test_after_fully_shard_it_is_refused():
         assert caught.value.code == "GP511"
     assert type(model.lm_head).__name__ == "FSDPLinear" and not graphpatch.patches(model)
     assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
+
+
+@pytest.mark.parametrize("how", ["ddp", "fully_shard", "each linear"])
+def test_adapters_are_chosen_on_top(how):
+    model = lm().eval()
+    for name in "math", "code":
+        randomise(patch(model, "patch {q,v}_proj with lora(rank=2)", adapter=name))
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.lora_B_math.data.mul_(-9)
+    adapters, expected = graphpatch.adapters(model), {}
+    for name in "math", "code":
+        adapters.activate(name)
+        expected[name] = model(IDS).detach()
+    assert not torch.allclose(expected["math"], expected["code"])
+    mesh, wrapped = init_device_mesh("cpu", (1,)), model
+    if how == "ddp":
+        wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    for layer in model.model.layers if how != "ddp" else ():
+        fully_shard(layer if how == "fully_shard" else layer.self_attn.q_proj, mesh=mesh)
+    adapters = graphpatch.adapters(wrapped)
+    for name in "math", "code":
+        adapters.activate(name)
+        torch.testing.assert_close(wrapped(IDS), expected[name])
+    rows = ["math", "code"]
+    if how == "each linear":
+        with pytest.raises(graphpatch.ApplyError) as caught:
+            adapters.per_sample(rows).__enter__()
+        assert caught.value.code == "GP547" and adapters.active == ("code",)
+    else:
+        with adapters.per_sample(rows):
+            mixed = wrapped(IDS)
+        torch.testing.assert_close(mixed, torch.stack([expected[name][at] for at, name in enumerate(rows)]))
+    with pytest.raises(graphpatch.ApplyError) as caught:
+        graphpatch.combine(wrapped, {"math": 1, "code": 1}, "both")
+    assert caught.value.code in ("GP507", "GP511") and adapters.names == ("math", "code")

@@ -206,8 +206,20 @@ def test_a_batch_that_is_none_of_so_many_samples():
     assert "called with 2 rows, and adapters were chosen for 3 samples" in message
     assert "model.layers.0.self_attn" in message
     before = state(model)
-    refusal("GP547", lambda: adapters.per_sample([]).__enter__())
+    for rows in [], "math", None, {"math": 1}:
+        refusal("GP547", lambda rows=rows: adapters.per_sample(rows).__enter__())
+    refusal("GP545", lambda: adapters.per_sample([1, "math"]).__enter__())
     assert state(model) == before
+
+
+def test_an_input_without_a_batch_is_no_batch():
+    for build, x in (lambda: nn.Linear(4, 4), torch.randn(4)), (lambda: nn.Conv2d(4, 4, 3), torch.randn(4, 5, 5)):
+        model = nn.Sequential(build()).eval()
+        for name in "math", "code":
+            patch(model, "patch ^0 with lora(rank=2)", adapter=name)
+        with graphpatch.adapters(model).per_sample(["math", "code"]):
+            assert "called with 1 rows" in refusal("GP548", lambda model=model, x=x: model(x))
+            assert model(torch.randn(0, *x.shape)).shape[0] == 0
 
 
 class Routed(nn.Module):

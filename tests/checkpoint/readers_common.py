@@ -54,6 +54,22 @@ def qwen3_moe() -> nn.Module:
     )
 
 
+def deepseek_v3() -> nn.Module:
+    """Dense layers, experts that are shared, and a stack of others."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    sizes = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    experts = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    }
+    small = {**SMALL, "num_key_value_heads": 4, "moe_intermediate_size": 24}
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**small, **sizes, **experts))
+
+
 def gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -73,6 +73,12 @@ def test_a_plain_adapter_of_peft_is_accepted_by_all_that_read_its_directories(pl
         ("trtllm", "settings", {"lora_alpha": float("nan")}),
         ("llamacpp", "settings", {"lora_alpha": None}),
         ("peft", "settings", {"r": True}),
+        ("peft", "targets", {"target_modules": ["q_proj", "o_proj"]}),
+        ("peft", "targets", {"target_modules": ".*q_proj"}),
+        ("peft", "targets", {"layers_to_transform": [1]}),
+        ("peft", "rank", {"r": 8}),
+        ("peft", "rank", {"rank_pattern": {"0.self_attn.q_proj": 2}}),
+        ("unsloth", "base", {"base_model_name_or_path": None}),
         ("vllm", "dora", {"use_dora": True}),
         ("sglang", "dora", {"use_dora": True}),
         ("vllm", "bias", {"bias": "all"}),
@@ -201,6 +207,11 @@ def test_a_server_that_was_started_with_a_higher_rank(copy, tree):
     assert "rank" in against(copy, tree, "sglang", max_rank=8)
 
 
+def test_an_adapter_beside_a_model(copy, tree):
+    (copy / "config.json").write_text("{}")
+    assert "folder" in against(copy, tree, "peft") and "folder" in against(copy, tree, "unsloth")
+
+
 def test_ollama_converts_two_families(moe, mixtral_tree):
     assert "mixtral" in against(moe, mixtral_tree, "ollama")["model"]
 
@@ -235,6 +246,9 @@ def test_single_experts_have_the_names_of_the_files(moe, mixtral_tree, tmp_path)
     edit_tensors(folder, one_by_one("w1 w3 w2", "block_sparse_moe"))
     report = validate(folder, mixtral_tree, ("vllm", "sglang", "trtllm", "llamacpp"))
     assert report.clean and report.effective == 4 + 2 * 4 * 3
+
+    edit_tensors(folder, renamed("block_sparse_moe", "moe"))
+    assert "experts.0.w1" in against(folder, mixtral_tree, "vllm")["path"]  # of which vLLM sees the tail alone
 
     edit_tensors(folder, one_by_one("gate_proj up_proj down_proj", "mlp"))
     assert validate(folder, mixtral_tree, "vllm").effective == 28

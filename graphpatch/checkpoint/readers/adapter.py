@@ -116,8 +116,10 @@ class Adapter:
     def rank(self, path: str) -> float | None:
         """Of one expert or module, by the config's patterns where the tensors do not say."""
         own = self.factors[path].rank
-        if own is not None and path not in self.fused:
-            return own
+        return own if own is not None and path not in self.fused else self.configured_rank(path)
+
+    def configured_rank(self, path: str) -> float | None:
+        """What the config says."""
         return self._patterned("rank_pattern", path, self.number("r"))
 
     def scale(self, path: str) -> float | None:
@@ -129,21 +131,37 @@ class Adapter:
         return alpha / (rank**0.5 if self.config.get("use_rslora") is True else rank)
 
     def _patterned(self, name: str, path: str, default: float | None) -> float | None:
-        for pattern, number in self._patterns(name):
-            if pattern.match(path):
-                return number
-        return default
-
-    def _patterns(self, name: str) -> list[tuple[re.Pattern[str], float]]:
-        known: dict[str, list[tuple[re.Pattern[str], float]]] = self.__dict__.setdefault("_compiled", {})
+        known: dict[str, Patterns] = self.__dict__.setdefault("_patterns", {})
         if name not in known:
             said = self.config.get(name)
-            known[name] = []
-            for key, value in said.items() if isinstance(said, dict) else ():
-                number = _finite(value)
-                if number is not None and problem(key) is None:  # never run what could take forever
-                    known[name].append((re.compile(rf"(.*\.)?({key})$"), number))
-        return known[name]
+            known[name] = Patterns(said if isinstance(said, dict) else {})
+        return known[name].value(path, default)
+
+
+class Patterns:
+    """`rank_pattern` or `alpha_pattern`: the first key that matches a name, or an end of it, counts.
+
+    Most keys are plain names, and are looked up: a config may have one for each of tens of thousands of modules.
+    """
+
+    def __init__(self, said: Mapping[Any, Any]):
+        self._plain: dict[str, tuple[int, float]] = {}
+        self._regexes: list[tuple[int, re.Pattern[str], float]] = []
+        for at, (key, value) in enumerate(said.items()):
+            number = _finite(value)
+            if number is None:
+                continue
+            if re.fullmatch(r"(?:[\w-]|\\?\.)+", key):
+                self._plain.setdefault(key.replace("\\", ""), (at, number))
+            elif problem(key) is None:  # never run what could take forever
+                self._regexes.append((at, re.compile(rf"(.*\.)?({key})$"), number))
+
+    def value(self, path: str, default: float | None) -> float | None:
+        parts = path.split(".") if self._plain else []
+        ends = (".".join(parts[at:]) for at in range(len(parts)))
+        found = [self._plain[end] for end in ends if end in self._plain]
+        found += ((at, number) for at, regex, number in self._regexes if regex.match(path))
+        return min(found)[1] if found else default
 
 
 def bare(path: str) -> str:

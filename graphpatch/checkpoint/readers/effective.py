@@ -17,6 +17,7 @@ from .experts import Expert, expert, stack_of, stacks
 
 Shape = tuple[int, ...]
 Pair = tuple[Shape, Shape]
+_HINTS = 4
 
 
 class Reached(NamedTuple):
@@ -31,7 +32,13 @@ class Reached(NamedTuple):
 
 def reach(adapter: Adapter, tree: Tree) -> list[Reached]:
     """A verdict on every pair of factors, in the order of their names."""
-    return [_reached(adapter, tree, one) for one in adapter.factors.values()]
+    found = [_reached(adapter, tree, one) for one in adapter.factors.values()]
+    # What is near is told of the first alone: to look for it takes as long as all the rest.
+    astray = [at for at, one in enumerate(found) if one.node is None][:_HINTS]
+    for at in astray:
+        near = _near(tree, _path(adapter, adapter.factors[found[at].path]))
+        found[at] = found[at]._replace(why=found[at].why + near)
+    return found
 
 
 def _reached(adapter: Adapter, tree: Tree, one: Factors) -> Reached:
@@ -43,7 +50,7 @@ def _reached(adapter: Adapter, tree: Tree, one: Factors) -> Reached:
     if node is None and single is not None:
         node = stack_of(tree, single)
     if node is None:
-        return Reached(one.path, None, "no module of the model has this path" + _near(tree, path))
+        return Reached(one.path, None, "no module of the model has this path")
     if one.a is None or one.b is None:
         return Reached(one.path, node, f"lora_{'A' if one.a is None else 'B'} is missing")
     signature, held = tree.signature(node), stacks(tree, node)

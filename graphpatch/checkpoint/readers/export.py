@@ -48,7 +48,7 @@ def export_adapter(
     `directory` is one of `save_adapter`, which needs no model, or an adapter in PEFT's format, whose base `model` is (a
     module or a `Tree`). Where `model` is given, what is written is held against that. `base` is the name of the base,
     for servers that ask for it; `part` the part of a pipeline, for diffusers. The profile is "portable" where none is
-    given, and "peft" for vLLM and a model whose experts it keeps in stacks.
+    given; "peft" for PEFT itself, and for vLLM and a model whose experts it keeps in stacks.
 
     Nothing is written where the reader would refuse or misread it. Raises `Error`: GP635 for what it has no form for,
     GP636 where `out` holds a model or another adapter, GP637 for what it would refuse, GP639 for an argument that is
@@ -112,7 +112,8 @@ def _written(
         tree, said, tensors = saved.made_on, saved.manifest.tensors, saved.tensors
         plan = saved.plan(tree, saved.manifest.adapter, ())
         saved.check_changes(plan)
-        if profile == "peft" or (profile is None and reader == "vllm" and _in_stacks(tree)):
+        own = reader in ("peft", "unsloth") or (reader == "vllm" and _in_stacks(tree))
+        if profile == "peft" or (profile is None and own):
             added, moved = ({key: tensors[key] for key in keys} for keys in (said.added, said.base))
             return Written(*peft_files(plan, added, moved, base)), tree
         return portable(deltas_of(plan, tensors, said.base), tree, base), tree

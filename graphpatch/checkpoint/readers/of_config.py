@@ -19,6 +19,11 @@ def is_no(layout: Layout) -> Predicate:
     return witnesses
 
 
+def beside_a_model(case: Case) -> Iterator[str]:
+    if "config.json" in case.adapter.files:
+        yield "config.json is there too"
+
+
 def lacks(*names: str) -> Predicate:
     """A setting is missing, or of a kind that nobody can compute with."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ..peft.moe import is_renamed
 from .adapter import bare
 from .case import Case, Predicate
 from .experts import expert, names_of
@@ -38,6 +39,17 @@ def half_a_pair_of(*kinds: str) -> Predicate:
                 yield path
 
     return witnesses
+
+
+def taken_for_experts(case: Case) -> Iterator[str]:
+    """Linears of a dense layer that PEFT takes for those of experts, by their last name."""
+    given = case.adapter.config.get("target_modules")
+    named = {name.rpartition(".")[2] for name in given if isinstance(name, str)} if isinstance(given, list) else None
+    for path in case.adapter.factors:
+        if path in case.adapter.fused or expert(path) is not None or not is_renamed(case.kind, path):
+            continue
+        if named is None or path.rpartition(".")[2] in named:
+            yield path
 
 
 def named_as_dense(case: Case) -> Iterator[str]:

@@ -6,6 +6,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from ...lang.diagnostics import Error
+from ..peft.config import config_of
+from ..peft.matching import targets
+from ..peft.moe import is_renamed
 from .adapter import bare
 from .case import Case, Predicate
 from .experts import expert, stacks
@@ -24,10 +28,10 @@ def unknown_leaf(case: Case) -> Iterator[str]:
 
 
 def known_leaf_elsewhere(case: Case) -> Iterator[str]:
-    """The last name is known, and the path is not."""
+    """The last name (of an expert, all from `experts` on) is known, and the path is not."""
     known = _leaves(case)
     for one in case.reached:
-        if one.node is None and expert(one.path) is None and bare(one.path).rpartition(".")[2] in known:
+        if one.node is None and (expert(one.path) is not None or bare(one.path).rpartition(".")[2] in known):
             yield f"{one.path}: {one.why}"
 
 
@@ -40,6 +44,27 @@ def _leaves(case: Case) -> set[str]:
 
 def no_such_module(case: Case) -> Iterator[str]:
     yield from (f"{one.path}: {one.why}" for one in case.reached if one.node is None)
+
+
+def outside_the_targets(case: Case) -> Iterator[str]:
+    """Modules that the adapter has factors for, and that PEFT would not make from the config."""
+    given = case.adapter.config.get("target_modules")
+    known = (isinstance(given, list) and len(given) <= _MOST) or (
+        isinstance(given, str) and given.lower() != "all-linear"
+    )
+    if not known:
+        return
+    try:
+        config = config_of(case.adapter.config, case.adapter.folder)
+        paths = [p for p in case.adapter.factors if p not in case.adapter.fused and not is_renamed(case.kind, p)]
+        made = set(targets(config, paths))
+    except Error:
+        return  # what it is about is another row's
+    yield from (path for path in paths if path not in made and expert(path) is None)
+
+
+_MOST = 1000
+"""Names that each of the paths is held against."""
 
 
 def misfit(case: Case) -> Iterator[str]:

@@ -136,6 +136,13 @@ def rank_is_not_r(case: Case) -> Iterator[str]:
             yield f"{path} has rank {rank:g}, and r is {r:g}"
 
 
+def rank_is_not_as_configured(case: Case) -> Iterator[str]:
+    for path, one in case.adapter.factors.items():
+        said = case.adapter.configured_rank(path)
+        if path not in case.adapter.fused and one.rank and said and one.rank != said:
+            yield f"{path} has rank {one.rank}, and the config says {said:g}"
+
+
 def rank_above_sizes(case: Case) -> Iterator[str]:
     for one in case.adapter.factors.values():
         if one.a is not None and one.b is not None and one.rank:

@@ -51,6 +51,8 @@ _MEANINGS = {
     "GP525": "an argument of `combine` is wrong, or has no effect with this method",
     "GP547": "adapters cannot be chosen for each sample: a module cannot tell the samples of a batch apart",
     "GP456": "a parameter is no stack of experts whose use `lora` knows",
+    "GP458": "an argument asks for one adapter of a tied weight, and the weight is no other's",
+    "GP459": "`parts` of a linear: whose rows are whose is not known, or is said wrongly",
     "GP503": "the target's forward is never called, so a change there would do nothing",
     "GP631": "there is no adapter, or none that a reader could open",
     "GP641": "the files of the base cannot be read",

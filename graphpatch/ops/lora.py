@@ -7,10 +7,11 @@ from typing import ClassVar, Literal
 from pydantic import field_validator, model_validator
 
 from ..tree.tree import Signature, Tensor
-from .arguments import Count, Flag, Real, Share
+from .arguments import Count, Flag, Real, Share, Text
 from .calls import refuse_uncalled
 from .lora_experts import STACKS, row_of, stack
-from .lora_options import OF_THE_WEIGHT, check_options
+from .lora_options import LINEAR, OF_THE_WEIGHT, TIED, check_options
+from .lora_parts import with_layout
 from .lora_shapes import EXACT, Shape, factor_shapes
 from .op import Op, Refusal, Target
 from .registry import register
@@ -42,8 +43,15 @@ class Lora(Op):
     its experts. Accepted are the experts that Transformers dispatches (Mixtral, Qwen-MoE, DeepSeek, gpt-oss ...),
     whichever of its implementations is set, and those of Llama 4, JetMoE and Step 3.
 
+    With `parts`, a linear that is several in one (q, k and v; gate and up) has factors for those parts alone, each its
+    own as in separate linears: `lora_A` is (parts * rank) x in, and `lora_B` holds the parts' rows one after the other,
+    in the order of the weight. Which rows are whose is known for fused linears of Transformers, and else said by
+    `layout` and `groups`; the plan shows it.
+
     A module whose weight is tied to another's is refused: an update of a head would be none of the embedding that is
-    the same matrix.
+    the same matrix. With `tied`, a rule that targets all uses of a weight gives them one adapter, the same two
+    parameters on each: those of an embedding, A rank x vocabulary and B dim x rank, so that a head over the vocabulary
+    gains s A^T B^T.
 
     With `dora`, W + s B A is taken apart into directions and lengths: each row has the trained length `lora_magnitude`
     (out), at first the weight's own, so y = m / |W + s B A| * (W x + s B A x) + b. The norm is a constant to backward,
@@ -99,6 +107,15 @@ class Lora(Op):
     iterations: Count | None = None
     """Of the randomised decomposition that `init="pissa"` then makes instead of a full one; 16 are plenty."""
 
+    parts: tuple[Text, ...] | None = None
+    """Of a linear that is several in one, those that get factors, each its own: `["q", "v"]`."""
+    layout: tuple[tuple[Text, Count], ...] | None = None
+    """With `parts`: the parts of the linear in their order, each with its rows, `[["q", 64], ["k", 64], ["v", 64]]`."""
+    groups: Count | None = None
+    """With `layout`: how often that repeats, where the parts take turns, head by head."""
+    tied: Flag = False
+    """Whether this is one adapter for all uses of a tied weight."""
+
     @field_validator("adapter")
     @classmethod
     def _is_a_name(cls, value: str | None) -> str | None:
@@ -116,7 +133,24 @@ class Lora(Op):
             raise ValueError(f'init="orthogonal" halves the rank, and {self.rank} is odd')
         if self.bias and self.dora:
             raise ValueError("`bias` and `dora` do not go together: DoRA scales rows of the weight, which has no bias")
+        if self.parts is None and (self.layout or self.groups):
+            raise ValueError("`layout` and `groups` have an effect with `parts` alone")
+        if self.groups is not None and self.layout is None:
+            raise ValueError("`groups` says how often a `layout` repeats, and there is none")
+        for names in (self.parts, self.layout and [name for name, _ in self.layout]):
+            if names is not None and (not names or len(set(names)) < len(names)):
+                raise ValueError("`parts` and `layout` name at least one part, each once")
+        if self.parts or self.tied:
+            name = "parts" if self.parts else "tied"
+            plain = ("kaiming", "gaussian") if self.parts else ("kaiming",)
+            if self.dora or self.bias or self.init not in plain or (self.parts and self.tied):
+                other = "dora" if self.dora else "bias" if self.bias else "init" if self.init not in plain else "tied"
+                raise ValueError(f"`{name}` does not go together with `{other}`")
         return self
+
+    @property
+    def shares(self) -> tuple[str, ...]:
+        return self.keys if self.tied else ()
 
     @property
     def scale(self) -> float:
@@ -144,6 +178,11 @@ class Lora(Op):
         # A name in the rule says more than the one given to all of a file.
         return self if adapter is None or self.adapter is not None else self.model_copy(update={"adapter": adapter})
 
+    def resolved(self, target: Target) -> Op:
+        if self.parts is None or target.parameter or self._rewrite(target) not in LINEAR:
+            return self
+        return with_layout(self, target)
+
     def through(self, target: Target, row: str) -> str:
         return row_of(target, row) if target.parameter else row
 
@@ -155,7 +194,7 @@ class Lora(Op):
                 f"{target.signature.cls} does not know its shape yet",
                 "run the model once on a batch, so that its lazy modules take their shapes, then patch",
             )
-        _refuse_tied(target)
+        self._check_ties(target)
         self._refuse_unknown_forward(target.signature)
         check_options(self, target, self._rewrite(target))
         taken = [k for k in self.adds(target) if k in target.signature.parameters or k in target.signature.buffers]
@@ -188,6 +227,8 @@ class Lora(Op):
         weight = target.tensor or target.signature.parameters.get("weight")
         dtype = self.dtype or (weight.dtype if weight and weight.dtype in ("float64", "float32") else "float32")
         found: dict[str, Tensor] = {}
+        if self.tied and "weight" in target.later:
+            return found  # they are the other's, which is first
         for of, (a, b) in self._shapes(target).items():
             shapes = {"lora_A": a, "lora_B": b}
             if self.dora:
@@ -202,13 +243,30 @@ class Lora(Op):
     def _shapes(self, target: Target) -> dict[str | None, tuple[Shape, Shape]]:
         """The shapes of A and B, by the parameter they are for where the module has several."""
         if target.parameter is None:
-            return {None: factor_shapes(target.signature, self.rank)}
+            a, b = factor_shapes(target.signature, self.rank)
+            if self.parts and self.layout:
+                rows = sum(size for name, size in self.layout if name in self.parts) * (self.groups or 1)
+                a, b = (len(self.parts) * self.rank, *a[1:]), (rows, self.rank)
+            if self.tied and self._rewrite(target) in LINEAR:
+                a, b = b[::-1], a[::-1]
+            return {None: (a, b)}
         of = stack(target)
         a, b = (of.experts, self.rank, of.in_features), (of.experts, of.out_features, self.rank)
         return {target.parameter: (a, b)}
 
     def after(self, target: Target) -> str:
         return f"LoRA {target.signature.cls}"
+
+    def _check_ties(self, target: Target) -> None:
+        if not self.tied:
+            _refuse_tied(target)
+            return
+        if not target.tied.get("weight"):
+            raise Refusal(
+                "`tied=true` has no effect here: no other module has this weight", "leave it out", code="GP458"
+            )
+        if target.parameter or self._rewrite(target) not in TIED:
+            raise Refusal(f"one adapter for a tied weight is for embeddings and linears, not {target.signature.cls}")
 
 
 def _refuse_tied(target: Target) -> None:
@@ -219,7 +277,8 @@ def _refuse_tied(target: Target) -> None:
         shared = f"`{others[0]}`" + (f" and {len(others) - 1} more" if len(others) > 1 else "")
         raise Refusal(
             f"its weight is tied: it is {shared} too, and an adapter here would change this use of it alone",
-            f"leave it out: except ^{target.path}",
+            f"one adapter for all uses: patch ^{target.path} | ^{others[0].rpartition('.')[0]} with lora(tied=true)",
+            f"or leave it out: except ^{target.path}",
             "or give it a weight of its own before patching: "
             "module.weight = nn.Parameter(module.weight.detach().clone()), and tie_word_embeddings=False in the config",
             code="GP424",

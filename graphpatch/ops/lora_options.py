@@ -32,9 +32,15 @@ OF_THE_WEIGHT = frozenset({"pissa", "olora"})
 """The values of `init` that take a part out of the weight, so that what they started from must be remembered."""
 
 
+TIED = frozenset({"graphpatch.rewrites.lora:LoraLinear"}) | EMBEDDING
+"""Of a weight stored (vocabulary, dim)."""
+
+
 def check_options(lora: Lora, target: Target, rewrite: str) -> None:
     """Raise `Refusal` for the first option that is without effect where `rewrite` does the work."""
     cls = target.signature.cls
+    if lora.parts and rewrite not in LINEAR:
+        raise _no_effect("parts", cls, "it is no linear made of several", "parts")
     if lora.dora and rewrite not in DORA:
         raise _no_effect("dora=true", cls, "LoRA has no rows of one weight to scale there", "dora")
     if lora.bias and rewrite not in BIAS:

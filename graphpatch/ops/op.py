@@ -26,6 +26,8 @@ class Target(NamedTuple):
     """The signature of the module above, for ops that must know who calls the target."""
     tied: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     """Its parameters that are another module's too: by name, the paths they have there."""
+    later: frozenset[str] = frozenset()
+    """Those of `tied` that another module has before this one, in the order of the tree."""
     config: Mapping[str, Any] | None = None
     """That of the nearest enclosing module that has one."""
 
@@ -73,6 +75,16 @@ class Op(BaseModel):
     def slots(self) -> frozenset[str]:
         """What it occupies on its target: two ops that share a slot collide, others compose by level."""
         return frozenset({self.op})
+
+    def resolved(self, target: Target) -> Op:
+        """The same op, with what it leaves to be found out from the target written out; `Refusal` where it cannot."""
+        return self
+
+    @property
+    def shares(self) -> tuple[str, ...]:
+        """The names of parameters that a target registers and does not add: those of the module that has its weight
+        first, the same objects."""
+        return ()
 
     def through(self, target: Target, row: str) -> str:
         """The import path of the rewrite for this target; `row` is what the table says for its class."""

@@ -75,6 +75,11 @@ class InPlaceChange:
     seen: Sequence[Any] = ()
     """Per module, what was seen of its inputs, where the values come from data."""
 
+    shared: tuple[str, ...] = ()
+    """Parameters that are other modules', which register them first: the same objects."""
+    owners: Sequence[nn.Module] = ()
+    """Per module, that other. Needed to do, not to undo."""
+
     def do(self) -> None:
         # The loop that every target goes through: nothing is looked up twice, and what is the same as it was for the
         # module before is not worked out again.
@@ -103,6 +108,8 @@ class InPlaceChange:
                     registered[name] = made
                 else:
                     module.register_parameter(name, made)
+            for name in self.shared:
+                registered[name] = self.owners[at]._parameters[name]
             if buffers:
                 for each in buffers:
                     module.register_buffer(each.name, empty(*each.shape, dtype=each.dtype, device=device))
@@ -123,14 +130,14 @@ class InPlaceChange:
                 set_class(module, state.cls)
             else:
                 put_class(module, "__class__", state.cls)
-        self.factories, self.devices, self.look, self.seen = [], [], None, ()
+        self.factories, self.devices, self.look, self.seen, self.owners = [], [], None, (), ()
 
     def _with(self, module: nn.Module, states: dict[Any, _State], key: Any) -> _State:
         before = record_of(module)
         after = replace(
             before,
             marks=(*before.marks, self.mark),
-            added=before.added.union(self.added),
+            added=before.added.union(self.added, self.shared),
             held=(*before.held, Held(self.mixin, self.entry, self.shown)),
         )
         cls = class_with(module, lambda mixins: (*mixins, self.mixin))
@@ -141,7 +148,7 @@ class InPlaceChange:
         states: dict[tuple[type, int], _State] = {}
         for module in self.modules:
             own = module.__dict__
-            for name in self.added:
+            for name in (*self.added, *self.shared):
                 own["_parameters"].pop(name, None)
                 own["_buffers"].pop(name, None)
             key = (type(module), id(own.get(RECORD)))
@@ -155,7 +162,7 @@ class InPlaceChange:
 
     def _without(self, module: nn.Module, states: dict[Any, _State], key: Any) -> _State:
         before = record_of(module)
-        after = before.without(self.mark, self.added).without_entry(self.mixin, self.entry)
+        after = before.without(self.mark, (*self.added, *self.shared)).without_entry(self.mixin, self.entry)
         needed = any(held.mixin is self.mixin for held in after.held)
         cls = class_with(module, lambda mixins: mixins if needed else tuple(m for m in mixins if m is not self.mixin))
         return _remember(states, key, _State(cls, after.entries(self.mixin.entries), after, before))

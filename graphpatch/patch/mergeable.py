@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,7 +52,8 @@ def weights_of(root: nn.Module, journal: Journal) -> list[Weight]:
                 weight.mergings.append(merging)
     for weight in found.values():
         _refuse_unfit(weight)
-    _refuse_shared(root, found.values())
+    together = {id(m) for c in journal.changes if isinstance(c, InPlaceChange) and c.shared for m in c.modules}
+    _refuse_shared(root, found.values(), together)
     return list(found.values())
 
 
@@ -63,6 +64,8 @@ def _mergings(change: InPlaceChange, module: nn.Module, path: str) -> Mapping[st
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
     own = {**module._parameters, **module._buffers}
     tensors = {name: own[name].detach() for name in change.added}  # type: ignore[union-attr]
+    if change.shared:
+        return {}  # the weight is another module's first, and changes there
     entry = change.weighted
     if entry is None:
         raise _cannot(path, change, "the adapter is not active", "activate it first")
@@ -105,8 +108,8 @@ _FLOATS = (float64, float32, bfloat16, float16)
 _ON_DISK = "graphpatch.save_adapter(patch, DIR), and on the files: graphpatch merge BASE DIR OUT"
 
 
-def _refuse_shared(root: nn.Module, weights: Iterable[Weight]) -> None:
-    """A parameter that another module holds too, tied since the patch was applied."""
+def _refuse_shared(root: nn.Module, weights: Iterable[Weight], together: Set[int]) -> None:
+    """A parameter that another module holds too, tied since the patch was applied, and not patched `together`."""
     held: dict[tuple[str, int], list[tuple[nn.Module, str, str]]] = {}
     for path, module in root.named_modules():
         for name, parameter in module._parameters.items():
@@ -116,7 +119,7 @@ def _refuse_shared(root: nn.Module, weights: Iterable[Weight]) -> None:
     for weight in weights:
         tensor = weight.tensor
         holders = held.get((str(tensor.device), tensor.data_ptr()), []) if tensor.numel() else []
-        others = [path for *place, path in holders if tuple(place) != weight.place]
+        others = [path for *place, path in holders if tuple(place) != weight.place and id(place[0]) not in together]
         if others:
             raise _unfit(
                 weight,

@@ -64,7 +64,8 @@ class Preflight:
                 changes.append(self._replacement(step, rewrite, mark))
             else:
                 raise _error("GP515", f"{step.rewrite} is no rewrite", step)
-        return changes
+        # What is another module's parameter must be there first.
+        return sorted(changes, key=lambda change: isinstance(change, InPlaceChange) and bool(change.shared))
 
     # ── in place ──
     def _in_place(self, step: Step, mixin: type[InPlace], mark: Mark) -> list[Change]:
@@ -79,6 +80,7 @@ class Preflight:
         some = dict(zip(map(type, modules), range(len(modules)))).values() if later else range(len(modules))
         devices = [look(at) for at in some]
         fast = all(_registers_plainly(cls) for cls in kinds)
+        shared = () if step.adds else step.op.shares
         changes: list[Change] = []
         for trainable, members in self._by_flags(step).items():
             factories = [
@@ -98,6 +100,8 @@ class Preflight:
                     [] if later else [devices[i] for i in members],
                     fast,
                     _nth(look, members) if later else None,
+                    shared=shared,
+                    owners=[self._owner(step.nodes[i]) for i in members] if shared else (),
                 )
             )
         return changes + self._fast_paths(step, mark)
@@ -121,10 +125,14 @@ class Preflight:
         if "forward" in own or "_hf_hook" in own:
             refuse_bypassed(module, self._path(step, at), step.rule)
             refuse_offloaded(module, self._path(step, at), step.rule)
-        taken = step.adds.keys() & {*held, *own, *buffers, *children}
+        taken = {*step.adds, *(() if step.adds else step.op.shares)} & {*held, *own, *buffers, *children}
         if taken:
             raise self._taken(step, at, min(taken))
         return self._device_of(module) if weight is None else weight.device
+
+    def _owner(self, node: int) -> nn.Module:
+        """The module that has the weight of this one first."""
+        return self.modules[self.tree.first_of[node, "weight"][0]]
 
     def _by_flags(self, step: Step) -> dict[tuple[bool, ...], Sequence[int]]:
         """The targets by which of their new parameters shall train."""

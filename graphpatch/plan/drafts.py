@@ -91,28 +91,29 @@ def steps(tree: Tree, draft: Draft, findings: list[Diagnostic]) -> list[Step]:
         config = own if own >= 0 else configs[parent]
         key = (tree.signature_of[node], tree.signature_of[parent] if parent >= 0 else -1, parameter, config)
         groups.setdefault(key, []).append(node)
-    merged: dict[tuple[int, str | None, str, tuple[tuple[str, Tensor], ...]], Step] = {}
+    merged: dict[tuple[int, str | None, Op, str, tuple[tuple[str, Tensor], ...]], Step] = {}
     refused: dict[tuple[str, tuple[str, ...], str], list[Hit]] = {}
-    for (signature, parent, parameter, config), nodes, tied in _by_ties(tree, groups):
+    for (signature, parent, parameter, config), nodes, tied, later in _by_ties(tree, groups):
         facts = tree.signatures[signature]
         above = tree.signatures[parent] if parent >= 0 else None
         around = tree.configs[config] if config >= 0 else None
-        target = Target(_path(tree, nodes[0]), facts, parameter, above, tied, around)
+        target = Target(_path(tree, nodes[0]), facts, parameter, above, tied, later, around)
         try:
-            rewrite = _rewrite(draft.op, target, tree.has_classes)
-            draft.op.check(target)
-            adds: dict[str, Tensor] = draft.op.adds(target)
+            op = draft.op.resolved(target)
+            rewrite = _rewrite(op, target, tree.has_classes)
+            op.check(target)
+            adds: dict[str, Tensor] = op.adds(target)
         except Refusal as refusal:
             why = (str(refusal), tuple(refusal.fixes), refusal.code)
             refused.setdefault(why, []).extend(nodes if parameter is None else [(n, parameter) for n in nodes])
             continue
-        alike = (signature, parameter, rewrite, tuple(adds.items()))
+        alike = (signature, parameter, op, rewrite, tuple(adds.items()))
         if alike in merged:
             merged[alike].nodes.extend(nodes)
             continue
         merged[alike] = Step(
-            draft.op, draft.rule.where, draft.rule.label, nodes, parameter, rewrite, adds,
-            facts.cls or "?", draft.op.after(target),
+            op, draft.rule.where, draft.rule.label, nodes, parameter, rewrite, adds,
+            facts.cls or "?", op.after(target),
         )  # fmt: skip
     for step in merged.values():
         step.nodes.sort()
@@ -126,8 +127,9 @@ _Alike = tuple[int, int, str | None, int]
 
 def _by_ties(
     tree: Tree, groups: Mapping[_Alike, list[int]]
-) -> Iterator[tuple[_Alike, list[int], Mapping[str, tuple[str, ...]]]]:
-    """The groups, and apart from them each node that shares a parameter with another, with the paths of that."""
+) -> Iterator[tuple[_Alike, list[int], Mapping[str, tuple[str, ...]], frozenset[str]]]:
+    """The groups, and apart from them each node that shares a parameter with another, with the paths of that, and those
+    that another has first."""
     ties: dict[int, dict[str, tuple[str, ...]]] = {}
     same: dict[Parameter, list[Parameter]] = {}
     for alias, first in tree.ties:
@@ -140,9 +142,9 @@ def _by_ties(
     for key, nodes in groups.items():
         apart = [node for node in nodes if node in ties] if ties else []
         for node in apart:
-            yield key, [node], ties[node]
+            yield key, [node], ties[node], frozenset(name for name in ties[node] if (node, name) in tree.first_of)
         if len(apart) < len(nodes):
-            yield key, [node for node in nodes if node not in ties] if apart else nodes, {}
+            yield key, [node for node in nodes if node not in ties] if apart else nodes, {}, frozenset()
 
 
 def _path(tree: Tree, node: int) -> str:

@@ -18,6 +18,7 @@ from .reach import Reach
 from .rules import match_rules, rules_in_force
 from .ruleset import RuleSet
 from .scope import World
+from .ties import check_ties
 
 _BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "int16": 2}
 
@@ -39,6 +40,7 @@ def make_plan(rules: RuleSet, tree: Tree, adapter: str | None = None, allow_impo
     _refuse(rules, findings)
     settle(tree, drafted, findings)
     wanted = [step for draft in sorted(drafted, key=_wrapping_order) for step in steps(tree, draft, findings)]
+    findings += check_ties(tree, wanted)
     fresh, already = _split_by_marks(tree, wanted, findings)
     _refuse(rules, findings)
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
+from ..ops.lora import Lora
+from ..ops.op import Op
 from .lora_base import Adapter
 from .lora_options import LoraOfWeight
 from .low_rank import LinearWithLowRank, add_low_rank, fusible, low_rank
@@ -23,6 +26,18 @@ class LoraLinear(LoraOfWeight):
     def variant(cls, below: type) -> type[InPlace]:
         # A subclass with a forward of its own (a quantised linear, a parallel one) must be asked.
         return LoraPlainLinear if getattr(below, "forward", None) is nn.Linear.forward else cls
+
+    @classmethod
+    def entry(cls, op: Op, parameter: str | None = None) -> Adapter:
+        entry = super().entry(op, parameter)
+        return entry._replace(swapped=True, plain=False) if cast(Lora, op).tied else entry
+
+    @classmethod
+    def _start(cls, entry: Adapter, a: Tensor, b: Tensor, module: nn.Module) -> None:
+        if entry.swapped:
+            a.zero_(), b.normal_()  # as an embedding's
+        else:
+            super()._start(entry, a, b, module)
 
     @staticmethod
     def matrix(module: nn.Module) -> Tensor:
@@ -47,13 +62,15 @@ class LoraLinear(LoraOfWeight):
     def _fused(self, adapter: Adapter, input: Tensor, weight: Tensor) -> Tensor:
         """The base, (out, in), and one adapter, with its options, around one node of the graph."""
         bias = self.bias
-        if adapter.dropout and self.training:
+        dropping = adapter.dropout and self.training
+        if dropping and (adapter.bias or adapter.magnitude or adapter.started):
             return self._add_all(linear(input, weight, bias), input)
+        z = dropout(input, adapter.dropout) if dropping else None
         a, b = adapter.factors(partial(getattr, self))
         if adapter.bias:
             own = self._scaled_bias(adapter, weight)
             bias = own if bias is None else bias + own
-        output: Tensor = LinearWithLowRank.apply(input, None, weight, bias, a, b, adapter.scale)  # type: ignore[no-untyped-call]
+        output: Tensor = LinearWithLowRank.apply(input, z, weight, bias, a, b, adapter.scale)  # type: ignore[no-untyped-call]
         if adapter.magnitude:
             return output + self._gain_less_one(adapter, output) * (output if bias is None else output - bias)
         return output

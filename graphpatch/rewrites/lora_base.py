@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.lora import Lora
+from ..ops.lora_parts import Spread, spread_of
 from ..ops.op import Op
 from .dora import row_norms
 from .eva import Directions, Seen
 from .lora_init import STARTS
 from .merging import LowRank, Merging
 from .rewrite import InPlace
+from .spread import of_parts, spread
 
 
 class Adapter(NamedTuple):
@@ -43,6 +45,11 @@ class Adapter(NamedTuple):
     """Which of the module's parameters gains s B A, where that was the target."""
     rank: int = 0
 
+    spread: Spread | None = None
+    """Whose rows are those of B, where it is for parts of a linear."""
+    swapped: bool = False
+    """A and B are those of an embedding that has the same weight: what is (out, in) here is (in, out) there."""
+
     @property
     def tensors(self) -> tuple[str, ...]:
         """The names of all that the adapter has on its module."""
@@ -55,11 +62,18 @@ class Adapter(NamedTuple):
         (B - B0) A + B0 (A - A0), which is zero bit for bit at the start, and loses nothing to cancellation later.
         `get` gives a tensor by its name.
         """
-        a, b = get(self.a), get(self.b)
+        a, b = self.pair(get)
         if not self.started:
             return a, b
         a0, b0 = map(get, self.started)
         return torch.cat([a, a - a0]), torch.cat([b - b0, b0], 1)
+
+    def pair(self, get: Callable[[str], Tensor]) -> tuple[Tensor, Tensor]:
+        """The same, without regard to what it started from."""
+        a, b = get(self.a), get(self.b)
+        if self.swapped:
+            return b.t(), a.t()
+        return (a, b) if self.spread is None else (a, spread(b, self.spread))
 
 
 class LoraModule(InPlace):
@@ -81,12 +95,13 @@ class LoraModule(InPlace):
             lora.init,
             lora.text(),
             lora.adapter,
-            plain=not (lora.bias or lora.dora or lora.started),
+            plain=not (lora.bias or lora.dora or lora.started or lora.parts),
             bias=lora.key("lora_B_bias") if lora.bias else "",
             magnitude=lora.key("lora_magnitude") if lora.dora else "",
             started=lora.started,
             iterations=lora.iterations,
             parameter=parameter,
+            spread=spread_of(lora),
             rank=lora.rank,
         )
 
@@ -108,7 +123,8 @@ class LoraModule(InPlace):
 
     @classmethod
     def _start(cls, entry: Adapter, a: Tensor, b: Tensor, module: nn.Module) -> None:
-        STARTS[entry.init](a, b, entry.scale, lambda: cls.matrix(module), entry.iterations)
+        for one, other in [(a, b)] if entry.spread is None else of_parts(a, b, entry.spread):
+            STARTS[entry.init](one, other, entry.scale, lambda: cls.matrix(module), entry.iterations)
 
     @classmethod
     def observer(cls, entry: Adapter) -> Directions | None:

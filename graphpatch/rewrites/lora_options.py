@@ -82,7 +82,7 @@ class LoraOfWeight(LoraModule):
         """As in PEFT: all that the adapter does to the weight sees the dropped input, DoRA's share of W among it; what
         PiSSA and OLoRA take out of the weight is out for the whole input."""
         z, scale = self._dropped(adapter, input), adapter.scale
-        added = self._low_rank(z, getattr(self, adapter.a), getattr(self, adapter.b), scale)
+        added = self._low_rank(z, *adapter.pair(partial(getattr, self)), scale)
         start = [getattr(self, name) for name in adapter.started]
         if adapter.bias:
             added = added + self._scaled_bias(adapter, added)

@@ -67,6 +67,8 @@ def planned_updates(what: str, plan: Plan, tensors: Mapping[str, torch.Tensor]) 
     used: set[str] = set()
     for step in plan.steps:
         rewrite, entry = _rewrite(step)
+        if step.op.shares and not step.adds:
+            continue  # the weight is another module's first, and changes there
         for node in step.nodes:
             path = f"{tree.paths[node]}." if node else ""
             used.update(path + name for name in step.adds)

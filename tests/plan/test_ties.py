@@ -51,20 +51,23 @@ def test_an_op_is_told_of_every_other_path():
     model = nn.ModuleDict({name: nn.Linear(4, 4) for name in "abcd"})
     model["b"].weight = model["c"].weight = model["a"].weight
     seen: dict[str, dict] = {}
+    after: dict[str, set[str]] = {}
 
     class Told(Op):
         accepts = {"*": "x:Y"}
 
         def check(self, target: Target) -> None:
             seen[target.path] = dict(target.tied)
+            after[target.path] = set(target.later)
 
     tree = graphpatch.Tree.of(model)
     told = Told()
-    for _, nodes, tied in _by_ties(tree, {(0, 0, None): [tree.find(name) for name in "abcd"]}):
-        told.check(Target(tree.paths[nodes[0]], tree.signature(nodes[0]), tied=tied))
+    for _, nodes, tied, later in _by_ties(tree, {(0, 0, None): [tree.find(name) for name in "abcd"]}):
+        told.check(Target(tree.paths[nodes[0]], tree.signature(nodes[0]), tied=tied, later=later))
     assert seen == {
         "a": {"weight": ("b.weight", "c.weight")},
         "b": {"weight": ("a.weight", "c.weight")},
         "c": {"weight": ("a.weight", "b.weight")},
         "d": {},
     }
+    assert after == {"a": set(), "b": {"weight"}, "c": {"weight"}, "d": set()}

@@ -9,13 +9,14 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-BLOCK_ROWS, BLOCK_SIZE = 512, 2**22
+BLOCK_ROWS, BLOCK_SIZE = 256, 2**22
 """At most so many rows of a parameter, and about so many of its elements, are worked on at once."""
 _FEWEST_ROWS = 64
 
@@ -89,12 +90,8 @@ class LowRank(Merging):
             first, last = max(start, row), min(stop, row + len(left))
             if first >= last:
                 continue
-            delta = workspace("delta", last - first, right.shape[1], rows.dtype, rows.device)
-            torch.mm(left[first - row : last - row].to(rows.dtype), right.to(rows.dtype), out=delta)
-            # A step of its own, as in (B @ A) * s: scaling a factor, or a fused addition, would round otherwise.
-            if self.scale != 1.0:
-                delta *= self.scale
-            rows[first - start : last - start, column : column + right.shape[1]] += delta
+            part = rows[first - start : last - start, column : column + right.shape[1]]
+            _add_product(part, left[first - row : last - row].to(rows.dtype), right.to(rows.dtype), self.scale)
         return rows
 
     def limit(self, largest: float) -> float:
@@ -102,6 +99,35 @@ class LowRank(Merging):
             abs(self.scale) * left.shape[1] * _largest(left) * _largest(right) for left, right, *_ in self.products
         )
         return largest + sum(gains)
+
+
+def _add_product(rows: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """rows += (left @ right) * scale, with the bits of these three steps."""
+    if abs(math.frexp(scale)[0]) == 0.5 and rows.device.type == "cpu":  # a power of two scales without rounding
+        threads = torch.get_num_threads()
+        if _fuses(tuple(rows.shape), left.shape[1], left.stride(), right.stride(), rows.dtype, threads):
+            rows.addmm_(left, right if scale == 1.0 else right * scale)
+            return
+    delta = workspace("delta", rows.shape[0], rows.shape[1], rows.dtype, rows.device)
+    torch.mm(left, right, out=delta)
+    if scale != 1.0:
+        delta *= scale
+    rows += delta
+
+
+@lru_cache(1000)
+def _fuses(
+    shape: tuple[int, int], rank: int, left: tuple[int, ...], right: tuple[int, ...], dtype: torch.dtype, threads: int
+) -> bool:
+    """Whether adding a product to a matrix in one call gives the same bits as making it first, at half the price.
+
+    The library sums in another order for some sizes, ranks and types, and does not say for which; so it is tried.
+    """
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.rand(shape, dtype=dtype, generator=draw)
+    b = torch.empty_strided((shape[0], rank), left, dtype=dtype).uniform_(generator=draw)
+    a = torch.empty_strided((rank, shape[1]), right, dtype=dtype).uniform_(generator=draw)
+    return torch.equal(rows + b @ a, rows.addmm(b, a))
 
 
 def spans(mergings: Sequence[Merging], first: int, last: int) -> list[tuple[int, int]]:

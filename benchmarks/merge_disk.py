@@ -4,9 +4,9 @@
 
 A Llama of 1.1 B parameters in bfloat16 (2 GiB in one file), LoRA of rank 16 in float32 on all linears of its layers.
 Each figure is the median of whole processes, Python's start included; "over importing torch" is less the time of a
-process that imports torch and safetensors, and memory is the peak over that process's. The files stay in the page cache; the
-merge syncs what it wrote to the disk and `cp` does not, so `cp` with `sync` stands beside. The default size is that of
-the figures in the project's goals; `--quick` has 4 layers of 22.
+process that imports torch and safetensors, and memory is the peak over that process's. The files stay in the page
+cache; the merge syncs what it wrote to the disk and `cp` does not, so `cp` with `sync` stands beside. The default size
+is that of the figures in the project's goals; `--quick` has 4 layers of 22.
 """
 
 from __future__ import annotations

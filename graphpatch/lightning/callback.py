@@ -23,6 +23,7 @@ from . import checks
 from .atomic import AtomicIO
 from .base import Base, load_base
 from .contents import keep_what_changes
+from .handover import Handover
 from .problem import refusal
 from .random_state import Randomness
 
@@ -65,6 +66,7 @@ class ModelTransform(pl.Callback):
         self.rules, self.params, self.adapter = rules, dict(params or {}), adapter
         self.base_checkpoint, self.allow_import = base_checkpoint, allow_import
         self._plan_text = ""
+        self._handover = Handover()
 
     @property
     def state_key(self) -> str:
@@ -80,6 +82,7 @@ class ModelTransform(pl.Callback):
                 load_base(model, self.base_checkpoint)
             patch = self.apply(model)
             mark(model, identity, patch)
+        self._handover.take(model)
         return model
 
     def plan(self, model: nn.Module) -> Plan | None:
@@ -159,6 +162,8 @@ class ModelTransform(pl.Callback):
         self._tell(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._handover.give(pl_module, trainer.is_global_zero)
         ours = _ours(pl_module.__dict__.get("configure_model"))
         if ours:
             del pl_module.__dict__["configure_model"]

@@ -13,21 +13,21 @@ SIZE = 8
 
 
 class Layer(nn.Module):
-    def __init__(self):
+    def __init__(self, dropout: float):
         super().__init__()
         self.linear_qkv = nn.Linear(SIZE, SIZE)
         self.linear_proj = nn.Linear(SIZE, SIZE)
-        self.drop = nn.Dropout(0.3)
+        self.drop = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.linear_proj(torch.tanh(self.drop(self.linear_qkv(x))))
 
 
 class Net(nn.Module):
-    def __init__(self):
+    def __init__(self, noise: bool = True):
         super().__init__()
-        self.layers = nn.ModuleList(Layer() for _ in range(2))
-        self.norm = nn.BatchNorm1d(SIZE)
+        self.layers = nn.ModuleList(Layer(0.3 if noise else 0.0) for _ in range(2))
+        self.norm = nn.BatchNorm1d(SIZE) if noise else nn.LayerNorm(SIZE)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
@@ -36,11 +36,11 @@ class Net(nn.Module):
 
 
 class Module(pl.LightningModule):
-    """`built`: in "init", "setup" or "configure_model"."""
+    """`built`: in "init", "setup" or "configure_model". Without `noise` the loss of a batch is the mean of its parts'."""
 
-    def __init__(self, model_transform: Any = None, built: str = "init", lr: float = 0.1):
+    def __init__(self, model_transform: Any = None, built: str = "init", noise: bool = True):
         super().__init__()
-        self.model_transform, self.built, self.lr = model_transform, built, lr
+        self.model_transform, self.built, self.noise = model_transform, built, noise
         self.net: Any = None
         self.losses: list[float] = []
         if built == "init":
@@ -50,7 +50,7 @@ class Module(pl.LightningModule):
         if self.net is None:
             with torch.random.fork_rng():
                 torch.manual_seed(0)
-                self.net = Net()
+                self.net = Net(self.noise)
 
     def setup(self, stage: str) -> None:
         if self.built == "setup":
@@ -80,7 +80,7 @@ class Module(pl.LightningModule):
         return self(batch[0])
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=self.lr)
+        return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=0.1)
 
 
 def data(batches: int = 4, shuffle: bool = False) -> DataLoader:

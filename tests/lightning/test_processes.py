@@ -1,0 +1,108 @@
+"""More than one process: DDP by subprocess, fork and spawn, and FSDP2, against one process on the same batches."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+PRELUDE = """
+import json, sys, torch
+from pathlib import Path
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+import graphpatch
+from graphpatch.lightning import LoRA, ModelTransform, load_from_checkpoint
+from tests.lightning.common import Module, Net, data, factors, trainer
+
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+def lora(): return ModelTransform(graphpatch.parse(RULES))
+RULES = "patch linear_qkv | linear_proj with lora(rank=2)\\nfreeze ** except @new"
+def seeded():
+    torch.manual_seed(5)
+def said(**facts):
+    if int(__import__("os").environ.get("LOCAL_RANK", 0)) == 0:
+        (folder / "said.json").write_text(json.dumps(facts))
+def loader(batch):
+    return torch.utils.data.DataLoader(data(8).dataset, batch_size=batch)
+class Plain(Module):
+    def __init__(self, **k): super().__init__(noise=False, **k)
+    def training_step(self, batch, index):
+        loss = super().training_step(batch, index)
+        self.losses[-1] = self.all_gather(loss.detach()).mean().item()
+        return loss
+"""
+
+
+def run(folder: Path, script: str) -> dict[str, Any]:
+    """What the script says, run as a file of its own, since some launchers run it again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "script.py"
+    file.write_text(PRELUDE + "if __name__ == '__main__':\n" + "".join(f"    {line}\n" for line in script.splitlines()))
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(file), str(folder)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "said.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> list[float]:
+    """The losses of one process over batches of eight, six epochs of four."""
+    script = """
+seeded(); module = Plain()
+trainer(folder, lora(), max_epochs=3).fit(module, loader(8))
+said(losses=module.losses)
+"""
+    return run(tmp_path_factory.mktemp("alone"), script)["losses"]
+
+
+def close(ours: list[float], theirs: list[float]) -> bool:
+    return len(ours) == len(theirs) and torch.allclose(torch.tensor(ours), torch.tensor(theirs), atol=1e-5)
+
+
+def test_ddp_trains_as_one_process_and_resumes(tmp_path, alone):
+    script = """
+class Interleaved(torch.utils.data.Sampler):
+    # The two halves of each batch of eight, one a rank.
+    def __init__(self, rank): self.rank = rank
+    def __iter__(self): return iter(i for b in range(4) for i in range(8 * b + 4 * self.rank, 8 * b + 4 * self.rank + 4))
+    def __len__(self): return 16
+rank = int(__import__("os").environ.get("LOCAL_RANK", 0))
+halves = lambda: torch.utils.data.DataLoader(data(8).dataset, batch_size=4, sampler=Interleaved(rank))
+options = dict(strategy="ddp", devices=2, enable_checkpointing=True, use_distributed_sampler=False)
+saver = ModelCheckpoint(folder, save_last=True)
+seeded(); first = Plain()
+trainer(folder, lora(), saver, max_epochs=2, **options).fit(first, halves())
+held = torch.load(folder / "last.ckpt", weights_only=True)
+second = Plain()
+trainer(folder, lora(), max_epochs=3, **{**options, "enable_checkpointing": False}).fit(second, halves(), ckpt_path=folder / "last.ckpt")
+loaded = load_from_checkpoint(Plain, folder / "last.ckpt")
+said(losses=first.losses + second.losses, keys=sorted(held["state_dict"]), factors=sorted(factors(second)),
+     ranks=len(held["graphpatch"]["random"]["states"]), loaded=sorted(factors(loaded)))
+"""
+    told = run(tmp_path, script)
+    assert close(told["losses"], alone)
+    assert told["keys"] == told["factors"] == told["loaded"] and len(told["keys"]) == 8 and told["ranks"] == 2
+
+
+@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn"])
+def test_what_a_forked_or_spawned_process_trained_is_in_the_parent_s_module(tmp_path, strategy):
+    script = f"""
+seeded(); module, lora = Plain(), lora()
+trainer(folder, lora, strategy="{strategy}", devices=2, max_epochs=1).fit(module, loader(4))
+lora(module)
+trained = all(bool(p.count_nonzero()) for n, p in module.named_parameters() if "lora_B" in n)
+said(factors=len(factors(module)), trained=trained, patches=len(graphpatch.patches(module)))
+"""
+    assert run(tmp_path, script) == {"factors": 8, "trained": True, "patches": 1}

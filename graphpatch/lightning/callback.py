@@ -22,7 +22,7 @@ from ..plan.ruleset import RuleSet, load
 from . import checks
 from .atomic import AtomicIO
 from .base import Base, load_base
-from .contents import keep_what_changes
+from .contents import Window, keep_what_changes
 from .handover import Handover
 from .problem import refusal
 from .random_state import Randomness
@@ -67,6 +67,7 @@ class ModelTransform(pl.Callback):
         self.base_checkpoint, self.allow_import = base_checkpoint, allow_import
         self._plan_text = ""
         self._handover = Handover()
+        self._window: Window | None = None
 
     @property
     def state_key(self) -> str:
@@ -138,6 +139,8 @@ class ModelTransform(pl.Callback):
         slot = pl_module.configure_model
         if all(known.args[0].state_key != transform.state_key for known in _ours(slot)):
             pl_module.configure_model = partial(_configure, transform, pl_module, slot)  # type: ignore[method-assign]
+        if trainer.strategy.restore_checkpoint_after_setup:
+            self._window = Window(pl_module)
 
     def _agreed(self, module: pl.LightningModule) -> ModelTransform:
         """The transform that is meant: this one, or the module's attribute `model_transform`."""
@@ -164,6 +167,7 @@ class ModelTransform(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             self._handover.give(pl_module, trainer.is_global_zero)
+        self._close()
         ours = _ours(pl_module.__dict__.get("configure_model"))
         if ours:
             del pl_module.__dict__["configure_model"]
@@ -180,7 +184,19 @@ class ModelTransform(pl.Callback):
                 write_plan(logger, self._plan_text)
 
     # ── randomness, so that a resumed run is the run that was not stopped ──
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._close()
+
+    on_validation_start = on_test_start = on_predict_start = on_sanity_check_start
+
+    def _close(self) -> None:
+        """Loading is over."""
+        if self._window is not None:
+            self._window.close()
+            self._window = None
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._close()
         if Randomness.of(pl_module).waiting is not None:
             checks.warn_of_replay(trainer)
 

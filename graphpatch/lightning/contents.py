@@ -55,14 +55,10 @@ def keep_what_changes(module: pl.LightningModule) -> Iterator[None]:
 def names_to_save(module: nn.Module) -> set[str]:
     """The names in the module's state dict of what is not the base's, or is not what it was."""
     kept: Kept = module.__dict__[_KEPT]
-    names = set(kept.added)
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if isinstance(tensor, nn.Parameter):
-            if tensor.requires_grad:
-                names.add(name)
-        elif name in kept.buffers and _digest(tensor) != kept.buffers[name]:
-            names.add(name)
-    return names
+    trained = {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
+    buffers = module.named_buffers(remove_duplicate=False)
+    changed = {name for name, t in buffers if name in kept.buffers and _digest(t) != kept.buffers[name]}
+    return {*kept.added, *trained, *changed}
 
 
 def _digest(tensor: torch.Tensor) -> str:
@@ -92,6 +88,30 @@ def _on_save(module: pl.LightningModule, original: _Hook, checkpoint: dict[str, 
 
 
 # ── in ──
+
+
+class Window:
+    """While open, the module's state dict is what its checkpoints hold, and loading is not strict.
+
+    For strategies that load by themselves, before any hook, into what the module says it has (FSDP2): they would ask a
+    checkpoint for the base.
+    """
+
+    def __init__(self, module: pl.LightningModule):
+        self.module, self.strict = module, module.strict_loading
+        self.handle = module.register_state_dict_post_hook(_drop)
+        module.strict_loading = False
+
+    def close(self) -> None:
+        self.handle.remove()
+        self.module.strict_loading = self.strict
+
+
+def _drop(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    if _KEPT in module.__dict__:
+        ours = {prefix + name for name in names_to_save(module)}
+        for name in [name for name in state_dict if name.startswith(prefix) and name not in ours]:
+            del state_dict[name]
 
 
 def _fill(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -106,3 +106,62 @@ trained = all(bool(p.count_nonzero()) for n, p in module.named_parameters() if "
 said(factors=len(factors(module)), trained=trained, patches=len(graphpatch.patches(module)))
 """
     assert run(tmp_path, script) == {"factors": 8, "trained": True, "patches": 1}
+
+
+FSDP = """
+class Sharded(Plain):
+    def __init__(self, early=True, **k):
+        super().__init__(built="configure_model", **k)
+        self.early = early
+    def configure_model(self):
+        if self.net is not None: return
+        self.build()
+        if self.early: self.model_transform(self.net)
+        from torch.distributed.fsdp import fully_shard
+        mesh = self.device_mesh["data_parallel"]
+        for layer in self.net.layers: fully_shard(layer, mesh=mesh)
+        fully_shard(self.net, mesh=mesh)
+rank = int(__import__("os").environ.get("LOCAL_RANK", 0))
+class Interleaved(torch.utils.data.Sampler):
+    def __iter__(self): return iter(i for b in range(4) for i in range(8 * b + 4 * rank, 8 * b + 4 * rank + 4))
+    def __len__(self): return 16
+halves = lambda: torch.utils.data.DataLoader(data(8).dataset, batch_size=4, sampler=Interleaved())
+def strategy(sharded): return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=sharded)
+"""
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_fsdp2_trains_as_one_process_and_resumes(tmp_path, alone, sharded):
+    script = f"""
+{FSDP.strip()}
+options = dict(devices=2, use_distributed_sampler=False)
+def made():
+    t = lora(); return t, Sharded(model_transform=t)
+seeded(); t, first = made()
+saver = ModelCheckpoint(folder, save_last=True)
+trainer(folder, t, saver, strategy=strategy({sharded}), max_epochs=2, enable_checkpointing=True, **options).fit(first, halves())
+t, second = made()
+trainer(folder, t, strategy=strategy({sharded}), max_epochs=3, **options).fit(second, halves(), ckpt_path=folder / "last.ckpt")
+kept = None
+if {sharded} and rank == 0:
+    from torch.distributed.checkpoint import FileSystemReader
+    kept = sorted(k for k in FileSystemReader(folder / "last.ckpt").read_metadata().state_dict_metadata if k.startswith("state_dict."))
+elif rank == 0:
+    kept = sorted("state_dict." + k for k in torch.load(folder / "last.ckpt", weights_only=True)["state_dict"])
+said(losses=first.losses + second.losses, kept=kept, factors=sorted("state_dict." + n for n in factors(second)))
+"""
+    told = run(tmp_path, script)
+    assert close(told["losses"], alone)
+    assert told["kept"] == told["factors"] and len(told["kept"]) == 8
+
+
+def test_a_model_that_was_sharded_before_is_refused(tmp_path):
+    script = f"""
+{FSDP.strip()}
+try:
+    trainer(folder, lora(), strategy=strategy(False), devices=2, max_epochs=1).fit(Sharded(early=False), halves())
+except graphpatch.Error as error:
+    said(code=error.code, text=str(error))
+"""
+    told = run(tmp_path, script)
+    assert told["code"] == "GP810" and "before fully_shard" in told["text"]

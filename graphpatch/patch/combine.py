@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +26,7 @@ from ..rewrites.combining import (
     on_factors,
     on_products,
 )
+from ..rewrites.spread import of_parts
 from ..rewrites.stacks import shares, stacked, unstacked
 from ..tree.compress import compress
 from ..tree.tree import Tree
@@ -99,14 +99,14 @@ class _Source(NamedTuple):
     """One adapter on one target."""
 
     op: Lora
-    update: Update
+    updates: list[Update]
+    """One; of a fused linear one for each part."""
 
 
 class _Result(NamedTuple):
     op: Lora
-    a: Tensor
-    b: Tensor
-    """Stacks of matrices, as `combining` has them."""
+    factors: list[tuple[Tensor, Tensor]]
+    """A and B for each part, as stacks of matrices."""
 
 
 class _How(NamedTuple):
@@ -189,8 +189,8 @@ def _sources(found: Adapters, weights: Mapping[Name, float]) -> tuple[Tree, dict
                     entry = entries.pop((modules[node], tuple(step.adds)), None)
                     if entry is not None:
                         op = _plain(step.op, name, plan.tree.paths[node])
-                        update = _update(modules[node], entry, weight)
-                        targets.setdefault((node, step.parameter), []).append(_Source(op, update))
+                        updates = _updates(modules[node], entry, weight)
+                        targets.setdefault((node, step.parameter), []).append(_Source(op, updates))
             if entries:
                 raise _not(name, "what its rules mean has changed since it was applied")
     assert tree is not None
@@ -207,52 +207,61 @@ def _plain(op: Op, name: Name, path: str) -> Lora:
     return op
 
 
-def _update(module: nn.Module, entry: Any, weight: float) -> Update:
+def _updates(module: nn.Module, entry: Any, weight: float) -> list[Update]:
     """In float32 at least."""
-    a, b = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in entry.factors(partial(getattr, module)))
-    return Update(*stacked(a, b, module), entry.scale, weight)
+
+    def get(name: str) -> Tensor:
+        tensor = getattr(module, name).detach()
+        return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+    pairs = of_parts(get(entry.a), get(entry.b), entry.spread) if entry.spread else [entry.factors(get)]
+    return [Update(*stacked(a, b, module), entry.scale, weight) for a, b in pairs]
 
 
 # ── what becomes of it ──
 
 
 def _combined(path: str, module: nn.Module, held: Sequence[_Source], how: _How) -> _Result:
-    parts, updates = shares(module), [source.update for source in held]
-    ranks = [u.a.shape[1] for u in updates]
+    kinds = [source.op.model_dump(exclude=_FREE) for source in held]
+    if any(kind != kinds[0] for kind in kinds):
+        texts = ", ".join(source.op.text() for source in held)
+        raise _not(None, f"on `{path}` they are of different kinds: {texts}")
+    parts = [_one(path, module, updates, how) for updates in zip(*(source.updates for source in held))]
+    rank = parts[0][0].shape[1] * shares(module)
+    dropouts, dtypes = {source.op.dropout for source in held}, {source.op.dtype for source in held}
+    op = Lora(
+        **kinds[0],
+        rank=rank,
+        dropout=held[0].op.dropout if len(dropouts) == 1 else 0.0,
+        dtype=held[0].op.dtype if len(dtypes) == 1 else "float32",
+    )
+    return _Result(op, parts)
+
+
+_FREE = {"rank", "alpha", "use_rslora", "init", "iterations", "dropout", "dtype", "adapter"}
+"""The arguments in which adapters that are combined may differ. The new one has theirs where they agree, and else what
+is neutral."""
+
+
+def _one(path: str, module: nn.Module, updates: Sequence[Update], how: _How) -> tuple[Tensor, Tensor]:
+    groups, ranks = shares(module), [update.a.shape[1] for update in updates]
     if how.name == "cat":
-        a, b = concatenated(updates)
-    elif how.method.dense:
-        rank = how.rank or max(ranks) * parts
-        if rank % parts:
-            raise _wrong(f"`{path}` has {parts} groups, which split the rank among them, and {rank} is no multiple")
-        a, b = on_products(updates, rank // parts, how.method, how.prune, how.majority)
-    elif len(set(ranks)) > 1:
+        return concatenated(updates)
+    if how.method.dense:
+        rank = how.rank or max(ranks) * groups
+        if rank % groups:
+            raise _wrong(f"`{path}` has {groups} groups, which split the rank among them, and {rank} is no multiple")
+        return on_products(updates, rank // groups, how.method, how.prune, how.majority)
+    if len(set(ranks)) > 1:
         raise ApplyError(
             Diagnostic(
                 "GP526",
                 f"method={how.name!r} adds factors of one rank, and on `{path}` they are of "
-                f"{', '.join(str(rank * parts) for rank in ranks)}",
+                f"{', '.join(str(rank * groups) for rank in ranks)}",
                 fixes=('method="cat" sums exactly, "svd" to a rank of your own', "or give the method with `_svd`"),
             )
         )
-    else:
-        a, b = on_factors(updates, how.method, how.prune, how.majority)
-    return _Result(_op(path, [source.op for source in held], a.shape[1] * parts), a, b)
-
-
-def _op(path: str, ops: Sequence[Lora], rank: int) -> Lora:
-    """What the rule of the new adapter says of this target: theirs, where they agree."""
-    own = {"rank", "alpha", "use_rslora", "init", "iterations", "dropout", "dtype", "adapter"}
-    kept = [op.model_dump(exclude=own) for op in ops]
-    if any(other != kept[0] for other in kept):
-        raise _not(None, f"on `{path}` they are of different kinds: {', '.join(op.text() for op in ops)}")
-    dropouts, dtypes = {op.dropout for op in ops}, {op.dtype for op in ops}
-    return Lora(
-        **kept[0],
-        rank=rank,
-        dropout=ops[0].dropout if len(dropouts) == 1 else 0.0,
-        dtype=ops[0].dtype if len(dtypes) == 1 else "float32",
-    )
+    return on_factors(updates, how.method, how.prune, how.majority)
 
 
 def _added(model: nn.Module, name: str, tree: Tree, results: Mapping[Target, _Result]) -> Patch:
@@ -285,12 +294,17 @@ def _fill(patch: Patch, plan: Plan, results: Mapping[Target, _Result]) -> None:
     }
     with torch.inference_mode(False), torch.no_grad():
         for step in plan.steps:
-            for node in step.nodes:
+            for node in step.nodes if step.adds else ():  # a tied weight's second use has the factors of the first
                 module, result = modules[node], results[node, step.parameter]
                 entry = entries[module, tuple(step.adds)]
                 a, b = getattr(module, entry.a), getattr(module, entry.b)
-                a.copy_(unstacked(result.a, module, a.shape))
-                b.copy_(result.b.reshape(b.shape))
+                if entry.swapped:
+                    a, b = b.t(), a.t()
+                for (own_a, own_b), (new_a, new_b) in zip(
+                    of_parts(a, b, entry.spread) if entry.spread else [(a, b)], result.factors
+                ):
+                    own_a.copy_(unstacked(new_a, module, own_a.shape))
+                    own_b.copy_(new_b.reshape(own_b.shape))
 
 
 def _wrong(title: str, *fixes: str) -> ApplyError:

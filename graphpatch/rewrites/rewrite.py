@@ -89,7 +89,9 @@ class InPlace(_Module):
         raise Unmergeable("what it does is no change of a weight")
 
     def extra_repr(self) -> str:
-        texts = [entry.text for entry in getattr(self, self.entries) if getattr(entry, "text", "")]
+        # Of all ops on this module, the innermost first; this one function stands for all mixins.
+        names = dict.fromkeys(mixin.entries for mixin in getattr(type(self), "_graphpatch_mixins", ()))
+        texts = [entry.text for name in names for entry in getattr(self, name) if getattr(entry, "text", "")]
         return ", ".join(text for text in (super().extra_repr(), *texts) if text)
 
 

@@ -305,6 +305,16 @@ def test_an_unknown_name_says_which_there_are():
     assert "there: none" in refusal("GP545", lambda: graphpatch.adapters(lm()).activate("math"))
 
 
+def test_a_module_says_all_that_computes_on_it():
+    model = nn.Sequential(nn.Linear(4, 4))
+    patch(model, "patch ^0 with lora(rank=2) then scale.output(2.0)", adapter="math")
+    patch(model, "patch ^0 with lora(rank=3)", adapter="code")
+    said = 'lora(rank=2, adapter="math"), lora(rank=3, adapter="code"), scale.output(by=2)'
+    assert said in repr(model)
+    graphpatch.adapters(model).deactivate("math")
+    assert said.partition(", lora")[0] not in repr(model) and 'adapter="code"), scale.output(by=2)' in repr(model)
+
+
 def test_wrappers_are_seen_through():
     model = lm()
     several(model, ("math", "code"))

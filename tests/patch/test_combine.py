@@ -167,6 +167,72 @@ def test_pissa_is_combined_by_what_it_has_learnt():
     }
 
 
+SPECIAL = {
+    "parts": (
+        lambda: nn.Sequential(nn.Linear(6, 12)),
+        'patch ^0 with lora(rank={rank}, parts=["q", "v"], layout=[["q", 2], ["k", 1], ["v", 3]], groups=2)',
+        torch.randn(2, 3, 6),
+    ),
+    "tied": (
+        lambda: tied(nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 9, bias=False))),
+        "patch ^{{0,2}} with lora(rank={rank}, tied=true)",
+        torch.arange(8).view(2, 4),
+    ),
+    "the head first": (
+        lambda: Backwards(),
+        "patch head | embed with lora(rank={rank}, tied=true)",
+        torch.arange(8).view(2, 4),
+    ),
+}
+
+
+def tied(model: nn.Sequential) -> nn.Sequential:
+    model[2].weight = model[0].weight
+    return model
+
+
+class Backwards(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(6, 9, bias=False)
+        self.embed = nn.Embedding(9, 6)
+        self.embed.weight = self.head.weight
+
+    def forward(self, ids):
+        return self.head(self.embed(ids))
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_parts_of_a_linear_and_tied_weights(kind, tmp_path):
+    build, text, x = SPECIAL[kind]
+    torch.manual_seed(0)
+    model = build().eval()
+    for at, name in enumerate(WEIGHTS):
+        handle = fill(patch(model, text.format(rank=2 + at), adapter=name), at)
+        if kind == "parts":
+            graphpatch.save_adapter(handle, tmp_path / name)
+    adapters = graphpatch.adapters(model)
+    alone = {}
+    for name in WEIGHTS:
+        adapters.activate(name)
+        alone[name] = model(x)
+    with adapters.per_sample(["math", "code"]):
+        torch.testing.assert_close(model(x), torch.stack([alone["math"][0], alone["code"][1]]))
+    adapters.activate(*WEIGHTS)
+    adapters.weights(WEIGHTS)
+    expected = model(x)
+    for method, given in ("cat", {}), ("svd", {"rank": 6}):
+        both = graphpatch.combine(model, WEIGHTS, "both", method=method, **given)
+        adapters.activate("both")
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+        both.revert()
+    if kind == "parts":
+        slot = patch(model, text.format(rank=5), adapter="slot")
+        graphpatch.load_weights(slot, tmp_path / "code", fit=True)
+        adapters.activate("slot")
+        torch.testing.assert_close(model(x), alone["code"])
+
+
 def test_stacked_experts_are_combined_one_by_one():
     from transformers import MixtralConfig, MixtralForCausalLM
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .lora_experts import STACKS, TRANSPOSED
 from .lora_shapes import factor_shapes
 from .op import Refusal, Target
 
@@ -15,19 +14,12 @@ LINEAR = frozenset({"graphpatch.rewrites.lora:LoraLinear", "graphpatch.rewrites.
 EMBEDDING = frozenset({"graphpatch.rewrites.lora_embedding:LoraEmbedding"})
 CONVOLUTION = frozenset({"graphpatch.rewrites.lora_convolution:LoraConvolution"})
 TRANSPOSED_CONVOLUTION = frozenset({"graphpatch.rewrites.lora_transposed:LoraTransposedConvolution"})
-EXPERTS = frozenset(STACKS.values()) | {TRANSPOSED}
 """Rewrites, by import path: an option has an effect where the rewrite knows it."""
 
 DORA = LINEAR | EMBEDDING | CONVOLUTION
 BIAS = LINEAR | CONVOLUTION | TRANSPOSED_CONVOLUTION
-STARTS = {
-    "gaussian": LINEAR | CONVOLUTION | TRANSPOSED_CONVOLUTION | EXPERTS,
-    "pissa": LINEAR,
-    "olora": LINEAR,
-    "orthogonal": LINEAR,
-    "eva": LINEAR,
-}
-"""By `init`; the default one is for all."""
+OF_ANY = frozenset({"kaiming", "gaussian"})
+"""The values of `init` that ask nothing of the target; the others are for one matrix."""
 OF_THE_WEIGHT = frozenset({"pissa", "olora"})
 """The values of `init` that take a part out of the weight, so that what they started from must be remembered."""
 
@@ -47,9 +39,9 @@ def check_options(lora: Lora, target: Target, rewrite: str) -> None:
         raise _no_effect("bias=true", cls, "LoRA adds to no bias there", "bias")
     if lora.init != "kaiming" and rewrite in EMBEDDING:
         raise _no_effect("init", cls, "lora_A starts at zero there, and lora_B is random", "init")
-    if lora.init != "kaiming" and rewrite not in STARTS[lora.init]:
+    if lora.init not in OF_ANY and rewrite not in LINEAR:
         raise _no_effect(f'init="{lora.init}"', cls, "it is made for the one weight of a linear", "init")
-    if lora.init in OF_THE_WEIGHT or lora.init == "eva":
+    if lora.init not in OF_ANY and lora.init != "orthogonal":
         (_, in_), (out, _) = (shape[:2] for shape in factor_shapes(target.signature, lora.rank))
         most, of = (in_, f"{in_} features") if lora.init == "eva" else (min(in_, out), f"a weight of {out} x {in_}")
         if lora.rank > most:

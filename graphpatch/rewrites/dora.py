@@ -20,13 +20,10 @@ def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     where B is zero.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    a = a.to(weight.dtype)
     squares = torch.linalg.vector_norm(weight, dim=-1, dtype=dtype).square()
-    b_ = b.to(dtype)
-    crossed = ((weight @ a.mT).to(dtype) * b_).sum(-1)
-    a = a.to(dtype)
-    own = ((b_ @ (a @ a.mT)) * b_).sum(-1)
-    return (squares + 2 * scale * crossed + scale**2 * own).clamp_min(0).sqrt()
+    crossed = (weight @ a.to(weight.dtype).mT).to(dtype)
+    a, b = a.to(dtype), scale * b.to(dtype)
+    return (squares + ((2 * crossed + b @ (a @ a.mT)) * b).sum(-1)).clamp_min(0).sqrt()
 
 
 def gain(magnitude: Tensor, norms: Tensor) -> Tensor:

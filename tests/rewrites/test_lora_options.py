@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
@@ -181,6 +182,24 @@ def test_under_autocast(options):
     near(y.float(), model(x), 0.03)
     grads = torch.autograd.grad(y.float().sum(), patch.trainable_parameters())
     assert all(g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize("options", ["dora=true", 'init="pissa"', "bias=true", 'init="olora", dora=true'])
+def test_function_transforms(options):
+    model, x = model_of("Linear"), torch.randn(6, 4, 7)
+    apply(model, options)
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(trained, x):
+        return functional_call(model, {**state, **trained}, x).pow(2).sum()
+
+    each, together = vmap(grad(loss), in_dims=(None, 0))(trained, x), grad(loss)(trained, x)
+    for name in trained:
+        near(each[name].sum(0), together[name], 1e-4)
+    many = {name: torch.stack([p.detach(), 2 * p.detach()]) for name, p in trained.items()}
+    outputs = vmap(lambda some: functional_call(model, {**state, **some}, x[0]))(many)
+    near(outputs[0], model(x[0]))
 
 
 # ── DoRA ──
@@ -365,7 +384,7 @@ def test_on_a_bf16_base_the_small_differences_are_not_lost():
         (lambda: nn.Embedding(5, 4), "bias=true", "`bias=true` has no effect on Embedding"),
         (lambda: nn.Embedding(5, 4), 'init="pissa"', "`init` has no effect on Embedding"),
         (lambda: nn.Conv2d(4, 4, 3), 'init="pissa"', '`init="pissa"` has no effect on Conv2d'),
-        (lambda: nn.Conv2d(4, 4, 3), 'init="orthogonal"', "made for the weight of a linear"),
+        (lambda: nn.Conv2d(4, 4, 3), 'init="orthogonal"', "made for the one weight of a linear"),
         (lambda: nn.Linear(3, 9), 'init="pissa"', "at most 3 directions"),
         (lambda: nn.Linear(9, 3), 'init="olora"', "at most 3 directions"),
     ],

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, bfloat16, float16, float32, float64, nn
 
 from ..lang.diagnostics import ApplyError, Diagnostic
-from ..rewrites.merging import Merging, Unmergeable
+from ..rewrites.merging import Merging, Unmergeable, in_order
 from .change import Change, FastPathChange, InPlaceChange
-from .record import Journal, Place
+from .record import Journal, Place, journals_of, roots
 
 
 @dataclass(eq=False)
@@ -52,9 +52,29 @@ def weights_of(root: nn.Module, journal: Journal) -> list[Weight]:
                 weight.mergings.append(merging)
     for weight in found.values():
         _refuse_unfit(weight)
+        try:
+            weight.mergings = in_order(weight.mergings)
+        except Unmergeable as error:
+            raise _unfit(weight, str(error), *error.fixes) from None
+    _refuse_measured(root, journal, found.values())
     together = {id(m) for c in journal.changes if isinstance(c, InPlaceChange) and c.shared for m in c.modules}
     _refuse_shared(root, found.values(), together)
     return list(found.values())
+
+
+def _refuse_measured(root: nn.Module, journal: Journal, weights: Iterable[Weight]) -> None:
+    """An adapter of another patch that goes by the weight as it is: it would compute something else afterwards."""
+    changed = {id(weight.place[0]): weight for weight in weights}
+    for other in (j for top in roots(root) for j in journals_of(top) if j is not journal):
+        for change in other.changes:
+            if isinstance(change, InPlaceChange) and change.mixin.measures(change.entry) and not change.merged:
+                for module in change.modules if change.weighted is not None else ():
+                    if id(module) in changed:
+                        raise _unfit(
+                            changed[id(module)],
+                            f"{change.mark.op} of another patch stands beside it, and goes by what the weight is now",
+                            "merge that patch first, or deactivate its adapter",
+                        )
 
 
 _APART = "keep what is merged in a rule file of its own, and apply that as a patch by itself"

@@ -34,6 +34,8 @@ def gain(magnitude: Tensor, norms: Tensor) -> Tensor:
 class RowsToLengths(Merging):
     """DoRA merged into a weight whose rows it scales."""
 
+    measures = True
+
     def __init__(self, gained: LowRank, magnitude: Tensor):
         self.gained, self.magnitude, self.columns = gained, magnitude, gained.columns
 
@@ -53,7 +55,7 @@ class RowsToLengths(Merging):
 class ColumnsToLengths(Merging):
     """The same for a weight that is stored (in, out): a column's length is known when all rows were seen."""
 
-    looks = True
+    looks = measures = True
 
     def __init__(self, gained: LowRank, magnitude: Tensor):
         self.gained, self.magnitude, self.columns = gained, magnitude, gained.columns

@@ -152,6 +152,10 @@ class LoraModule(InPlace):
         return {"weight": LowRank.of(tensors[entry.b], tensors[entry.a], entry.scale)}
 
     @classmethod
+    def measures(cls, entry: Adapter) -> bool:
+        return bool(entry.magnitude)
+
+    @classmethod
     def row_norms(cls, entry: Adapter, get: Callable[[str], Tensor], module: nn.Module) -> Tensor:
         """The lengths of the rows of what the weight becomes, (out,)."""
         return row_norms(*cls.matrices(module, *entry.factors(get)), entry.scale).flatten()

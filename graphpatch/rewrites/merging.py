@@ -40,6 +40,9 @@ class Merging:
     looks: ClassVar[bool] = False
     """Whether it must have seen all rows before it can say what one becomes (a norm over columns)."""
 
+    measures: ClassVar[bool] = False
+    """Whether what it adds depends on the base's own rows, as a norm of them does: it must be given those."""
+
     @property
     def cuts(self) -> Sequence[int]:
         """Rows at which another product begins: no block goes across."""
@@ -128,6 +131,17 @@ def _fuses(
     b = torch.empty_strided((shape[0], rank), left, dtype=dtype).uniform_(generator=draw)
     a = torch.empty_strided((rank, shape[1]), right, dtype=dtype).uniform_(generator=draw)
     return torch.equal(rows + b @ a, rows.addmm(b, a))
+
+
+def in_order(mergings: Sequence[Merging]) -> list[Merging]:
+    """Of one parameter, the one that measures the base first. Raises `Unmergeable` where two would."""
+    ordered = sorted(mergings, key=lambda merging: not merging.measures)
+    if len(ordered) > 1 and ordered[1].measures:
+        raise Unmergeable(
+            "two adapters scale the rows of one weight, each by the base's own lengths (dora=true)",
+            "merge one, and leave the other beside it: it then scales what the first has made",
+        )
+    return ordered
 
 
 def spans(mergings: Sequence[Merging], first: int, last: int) -> list[tuple[int, int]]:

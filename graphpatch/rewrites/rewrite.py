@@ -88,6 +88,11 @@ class InPlace(_Module):
         """
         raise Unmergeable("what it does is no change of a weight")
 
+    @classmethod
+    def measures(cls, entry: Any) -> bool:
+        """Whether what it adds depends on the weight it stands beside, so that nothing may be merged into that."""
+        return False
+
     def extra_repr(self) -> str:
         # Of all ops on this module, the innermost first; this one function stands for all mixins.
         names = dict.fromkeys(mixin.entries for mixin in getattr(type(self), "_graphpatch_mixins", ()))

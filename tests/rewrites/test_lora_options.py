@@ -269,6 +269,50 @@ def test_dora_beside_other_adapters_is_the_sum_of_what_each_does():
     near(together, base + sum(alone))
 
 
+def beside(*options: str) -> tuple[nn.Module, list[graphpatch.Patch]]:
+    """One adapter of each on one linear, each a patch of its own."""
+    model, made = model_of("Linear"), []
+    for name, some in zip("abc", options):
+        rules = f'patch ^0 with lora(rank=4, {some}, adapter="{name}")\nfreeze ** except @new'
+        made.append(graphpatch.apply(model, graphpatch.parse(rules)))
+        move(made[-1])
+    return model, made
+
+
+def test_dora_is_merged_before_others_and_never_two():
+    x = input_of("Linear")
+    model, (dora, plain) = beside("dora=true", "alpha=8")
+    together = model(x)
+    with pytest.raises(graphpatch.ApplyError, match="goes by what the weight is now") as caught:
+        plain.merge()
+    assert caught.value.code == "GP531" and torch.equal(model(x), together)
+    dora.merge()
+    near(model(x), together)
+    plain.merge()
+    near(model(x), together)
+    plain.unmerge()
+    dora.unmerge()
+    assert torch.equal(model(x), together)
+
+    model, both = beside("dora=true", "dora=true")
+    for patch in both:
+        with pytest.raises(graphpatch.ApplyError, match="goes by what the weight is now"):
+            patch.merge()
+
+    for count, rules in ((2, ("alpha=8", "dora=true")), (3, ("dora=true", "alpha=8", "dora=true"))):
+        model = model_of("Linear")
+        text = "\n".join(f'patch ^0 with lora(rank=4, {o}, adapter="{n}")' for n, o in zip("abc", rules))
+        patch = graphpatch.apply(model, graphpatch.parse(text + "\nfreeze ** except @new"))
+        move(patch)
+        together = model(x)
+        if count == 3:
+            with pytest.raises(graphpatch.ApplyError, match="two adapters scale the rows"):
+                patch.merge()
+        else:
+            patch.merge()
+            near(model(x), together)
+
+
 # ── factors that the weight knows ──
 
 

@@ -12,7 +12,7 @@ import torch
 from ...lang.diagnostics import Diagnostic, Error
 from ...patch.imports import load_rewrite
 from ...plan.plan import Plan, Step
-from ...rewrites.merging import Merging, Unmergeable
+from ...rewrites.merging import Merging, Unmergeable, in_order
 from ...tree.tree import Tree
 from ..base import weight_shape
 from ..saved import Saved
@@ -83,6 +83,11 @@ def planned_updates(what: str, plan: Plan, tensors: Mapping[str, torch.Tensor]) 
                 raise _cannot(step, path.removesuffix("."), str(error), *error.fixes) from None
             for name, merging in found.items():
                 updates.mergings.setdefault(first[path + name], []).append(merging)
+    for path, mergings in updates.mergings.items():
+        try:
+            updates.mergings[path] = in_order(mergings)
+        except Unmergeable as error:
+            raise _cannot(plan.steps[0], path, str(error), *error.fixes) from None
     left = [key for key in tensors if key not in used]
     if left:
         title = f"{len(left)} tensors of {what} belong to nothing that its rules add, first `{left[0]}`"

@@ -67,12 +67,12 @@ def test_a_value_that_does_not_fit_is_named_with_what_would(named, says):
 def test_names_from_elsewhere_and_typos_are_understood(given, meant):
     error = wrong("lora", **{given: 1})
     assert error.unknown and error.suggestions == [meant] and f"no argument `{given}`" in error.message
-    assert error.hint == "Arguments: rank, alpha, dropout, use_rslora, init, dtype, adapter, dora, bias, iterations"
+    assert error.hint == "Arguments: rank, alpha, dropout, use_rslora, init, dtype, adapter, dora, bias, iterations, parts, layout, groups, tied"
 
 
 def test_positions_missing_and_repeated_arguments():
     assert wrong("lora", 8, "x").argument == 1
-    assert "at most 10" in wrong("lora", *range(11)).message
+    assert "at most 14" in wrong("lora", *range(15)).message
     assert "needs `by`" in wrong("scale.output").message
     assert "given twice" in wrong("lora", 8, rank=8).message
     assert "import path" in wrong("replace", "Norm").message

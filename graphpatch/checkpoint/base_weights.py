@@ -1,41 +1,12 @@
-"""Weights of the base by the names that a model has them under, from a checkpoint of it or a state dict."""
+"""A base's names held against a model's, and what is said where they differ."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from os import PathLike, fspath
-from typing import Any
-
-import torch
+from collections.abc import Collection, Iterable
 
 from ..lang.diagnostics import Diagnostic, Error, did_you_mean
-from .base_files import BaseFiles
 
 _SHOWN = 8
-
-
-def read_weights(
-    source: str | PathLike[str] | Mapping[str, Any], wanted: Mapping[str, torch.Tensor]
-) -> Mapping[str, torch.Tensor]:
-    """The tensors of these names and shapes. Raises `Error`: GP641 where the files cannot be read, GP642 where names
-    are missing, GP643 where shapes or types differ."""
-    if isinstance(source, Mapping):
-        what, names = "the state dict", find_names(wanted, source)
-        refuse_missing([name for name in wanted if name not in names], source, what)
-        found = {name: source[names[name]] for name in wanted}
-    else:
-        what, files = fspath(source), BaseFiles.open(source)
-        names = find_names(wanted, files.slots)
-        refuse_missing([name for name in wanted if name not in names], files.slots, what)
-        refuse_shapes([(n, files.slots[names[n]].shape, tuple(t.shape)) for n, t in wanted.items()], what)
-        refuse_packed([(n, files.slots[names[n]].written) for n in wanted if files.slots[names[n]].dtype is None], what)
-        found = {name: files.read(names[name]) for name in wanted}
-    wrong = [name for name, value in found.items() if not isinstance(value, torch.Tensor)]
-    if wrong:
-        raise Error(Diagnostic("GP643", f"`{wrong[0]}` of {what} is {type(found[wrong[0]]).__name__}, and no tensor"))
-    refuse_shapes([(name, tuple(found[name].shape), tuple(t.shape)) for name, t in wanted.items()], what)
-    refuse_packed([(n, str(t.dtype)) for n, t in found.items() if not t.is_floating_point() or t.is_meta], what)
-    return found
 
 
 def find_names(wanted: Collection[str], there: Collection[str]) -> dict[str, str]:

@@ -172,7 +172,7 @@ class Patch:
         read = None
         if base is not None:
             # As `Plan.apply` does: the room that reads files is opened only when there is one to be read.
-            read = partial(import_module("graphpatch.checkpoint.base_weights").read_weights, base)
+            read = partial(import_module("graphpatch.checkpoint.merging.read").read_weights, base)
         unmerge(self.model, self._journal, self._others, read)
 
     def bake(self) -> None:

@@ -55,6 +55,11 @@ MODELS: dict[str, Any] = {
     "gpt2": lambda: transformers.GPT2LMHeadModel(
         transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=99)
     ),
+    "nomic bert": lambda: transformers.NomicBertModel(
+        transformers.NomicBertConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
+        )
+    ),
     "t5": lambda: transformers.T5ForConditionalGeneration(
         transformers.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=99)
     ),
@@ -99,6 +104,8 @@ def unequal(folder: Path, model: nn.Module) -> list[str]:
         ("gpt-oss", EXPERTS, {}),
         ("deepseek v3", "patch {gate,up,down}_proj:Linear with lora(rank=2)\n" + EXPERTS, {}),
         ("gpt2", "patch c_attn with lora(rank=2, dora=true)\nfreeze ** except @new", {}),
+        ("nomic bert", "patch {q,v}_proj with lora(rank=2)\nfreeze ** except @new", {}),
+        ("nomic bert", "patch k_proj with lora(rank=2, dora=true)\nfreeze ** except @new", {}),
         ("t5", "patch {q,v} with lora(rank=2)\nfreeze ** except @new", {}),
     ],
 )
@@ -193,3 +200,31 @@ def test_an_adapter_of_peft_needs_a_base_that_says_what_it_is(tmp_path):
         with pytest.raises(graphpatch.Error) as caught:
             graphpatch.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
         assert caught.value.code == "GP645" and word in str(caught.value)
+
+
+def test_what_is_turned_while_it_is_loaded_is_left_alone_or_refused(tmp_path):
+    """The stacks of Qwen3-VL-MoE are stored the other way round, under the same names."""
+    text = {**SIZES, **MOE, "head_dim": 8}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 4, "out_hidden_size": 32,
+              "deepstack_visual_indexes": [0]}  # fmt: skip
+    config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision)
+    MODELS["qwen3 vl moe"] = lambda: transformers.Qwen3VLMoeForConditionalGeneration(config)
+    model = saved(tmp_path, "qwen3 vl moe", ATTENTION)
+    graphpatch.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert unequal(tmp_path / "out", model) == []
+    saved(tmp_path / "experts", "qwen3 vl moe", EXPERTS)
+    with pytest.raises(graphpatch.Error) as caught:
+        graphpatch.merge_checkpoint(tmp_path / "base", tmp_path / "experts" / "adapter", tmp_path / "other")
+    assert caught.value.code == "GP645" and "bake" in str(caught.value) and not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss", "llama"])
+def test_unmerging_reads_experts_from_the_files_that_hold_them(tmp_path, name):
+    saved(tmp_path, name, ATTENTION if name == "llama" else EXPERTS)
+    model = type(MODELS[name]()).from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    patched = graphpatch.load_adapter(model, tmp_path / "adapter")
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    patched.merge(keep=False)
+    assert any(not torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+    patched.unmerge(base=tmp_path / "base")
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())

@@ -26,10 +26,14 @@ Run = tuple[str, int, int, int]
 
 class Place(NamedTuple):
     """A parameter in the files: the tensor that it is as it stands, or the runs of rows that it is made of, a row being
-    what has all indices but the last in common."""
+    what has all indices but the last in common; None where it is made of them in another way."""
 
     shape: tuple[int, ...]
-    where: str | list[Run]
+    where: str | list[Run] | None
+
+    @property
+    def columns(self) -> int:
+        return _width(self.shape)
 
 
 def converted_places(files: BaseFiles) -> Mapping[str, Place] | None:
@@ -79,24 +83,37 @@ def _placed(
     slots: Mapping[str, Slot],
     model: Any,
     state: Mapping[str, torch.Tensor],
-) -> Iterator[tuple[str, Place]]:
-    """The parameters that one conversion makes; none where it does more than put rows elsewhere."""
+) -> dict[str, Place]:
+    """The parameters that one conversion makes."""
     names = [name for name, _ in sources]
-    counts = [prod(slots[name].shape[:-1]) for name in names]
+    heads = [_head(slots[name].shape) for name in names]
+    counts = [prod(head) for head in heads]
     starts = [sum(counts[:i]) for i in range(len(counts))]
-    for (name, pattern), start, count in zip(sources, starts, counts):
-        rows = torch.arange(start, start + count).view(*slots[name].shape[:-1], 1)
-        converter.add_tensor(target, name, pattern, rows)
+    for (name, pattern), head, start, count in zip(sources, heads, starts, counts):
+        converter.add_tensor(target, name, pattern, torch.arange(start, start + count).view(head))
+    first, *others = converter.target_patterns
+    targets = (target, *(target.replace(first, other) for other in others))
+    places = {name: Place(tuple(state[name].shape), None) for name in targets if name in state}
     try:
         made = converter.convert(target, model=model, config=model.config)
     except Exception:  # an operation that needs the columns too
-        return
-    for parameter, numbers in made.items():
+        return places
+    widths = {_width(slots[name].shape) for name in names}
+    for name, numbers in made.items():
         numbers = numbers[0] if isinstance(numbers, list) else numbers
-        shape = tuple(state[parameter].shape) if parameter in state else ()
-        width = {slots[name].shape[-1] for name in names if slots[name].shape}
-        if width == {shape[-1] if shape else None} and tuple(numbers.shape) == (*shape[:-1], 1):
-            yield parameter, Place(shape, list(_runs(numbers.flatten().tolist(), names, starts, counts)))
+        shape = tuple(state[name].shape) if name in state else ()
+        if name in state and widths == {_width(shape)} and tuple(numbers.shape) == _head(shape):
+            places[name] = Place(shape, list(_runs(numbers.flatten().tolist(), names, starts, counts)))
+    return places
+
+
+def _head(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape with one column; each element of a vector is a row."""
+    return (*shape[:-1], 1) if len(shape) > 1 else shape
+
+
+def _width(shape: tuple[int, ...]) -> int:
+    return shape[-1] if len(shape) > 1 else 1
 
 
 def _runs(numbers: list[int], names: list[str], starts: list[int], counts: list[int]) -> Iterator[Run]:

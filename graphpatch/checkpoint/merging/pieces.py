@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from math import prod
 from typing import NamedTuple
 
@@ -36,21 +36,11 @@ def find_pieces(updates: Updates, files: BaseFiles) -> dict[str, list[Piece]]:
     """
     slots, what = files.slots, files.folder.name
     shapes = {**updates.shapes, **{name: tuple(value.shape) for name, value in updates.values.items()}}
-    aliases = {name: updates.names.get(name, (name,)) for name in shapes}
-    places: Mapping[str, Place] = {name: Place(slot.shape, name) for name, slot in slots.items()}
-    found = _found(aliases, places)
-    if _doubtful(updates, shapes, places, found):
-        translated = converted_places(files)
-        if translated is not None:
-            again = _found(aliases, translated)
-            if sum(map(bool, again.values())) >= sum(map(bool, found.values())):
-                places, found = translated, again
-    refuse_missing([name for name, there in found.items() if not there], places, what)
-    refuse_shapes([(n, places[k].shape, shapes[n]) for n, there in found.items() for k in there], what)
+    located = locate({name: updates.names.get(name, (name,)) for name in shapes}, shapes, updates.mergings, files)
     pieces: dict[str, list[Piece]] = {}
     for name in dict.fromkeys([*updates.values, *updates.mergings]):
-        for key in found[name]:
-            for tensor, piece in _pieces(name, places[key], updates):
+        for place in located[name]:
+            for tensor, piece in _pieces(name, place, updates):
                 pieces.setdefault(tensor, []).append(piece)
     merged = [(t, slots[t].written) for t, found_ in pieces.items() if any(p.name in updates.mergings for p in found_)]
     refuse_packed([(t, written) for t, written in merged if not _adds(slots[t])], what)
@@ -60,19 +50,29 @@ def find_pieces(updates: Updates, files: BaseFiles) -> dict[str, list[Piece]]:
     return pieces
 
 
-def _doubtful(
-    updates: Updates, shapes: Mapping[str, Shape], places: Mapping[str, Place], found: Mapping[str, list[str]]
-) -> bool:
-    """Whether the files may hold something else than the model under its names, or under others. Stacks of experts are
-    kept either way round, under the same name."""
-    if any(not there for there in found.values()):
-        return True
+def locate(
+    aliases: Mapping[str, Iterable[str]], shapes: Mapping[str, Shape], changed: Collection[str], files: BaseFiles
+) -> dict[str, list[Place]]:
+    """Every place of each parameter: files may hold a tied one, which has several names, twice. `changed` are those
+    that matter in content. Raises `Error`: GP642 for names, GP643 for shapes, GP645 from `converted_places`."""
+    places: Mapping[str, Place] = {name: Place(slot.shape, name) for name, slot in files.slots.items()}
+    found = _found(aliases, places)
     differs = any(places[key].shape != shapes[name] for name, there in found.items() for key in there)
-    return differs or any(len(shapes[name]) == 3 for name in updates.mergings)
+    # Stacks of experts are kept either way round, under the same name.
+    stacks = any(len(shapes[name]) == 3 for name in changed)
+    if differs or stacks or not all(found.values()):
+        translated = converted_places(files)
+        if translated is not None:
+            again = _found(aliases, translated)
+            if sum(map(bool, again.values())) >= sum(map(bool, found.values())):
+                places, found = translated, again
+    refuse_missing([name for name, there in found.items() if not there], places, files.folder.name)
+    refuse_shapes([(n, places[k].shape, shapes[n]) for n, there in found.items() for k in there], files.folder.name)
+    return {name: [places[key] for key in there] for name, there in found.items()}
 
 
 def _found(aliases: Mapping[str, Iterable[str]], places: Mapping[str, Place]) -> dict[str, list[str]]:
-    """For each parameter, all names under which it is there: files may hold a tied one twice."""
+    """For each parameter, all names under which it is there."""
     names = find_names([alias for names in aliases.values() for alias in names], places)
     return {name: list(dict.fromkeys(names[a] for a in all_ if a in names)) for name, all_ in aliases.items()}
 
@@ -80,12 +80,20 @@ def _found(aliases: Mapping[str, Iterable[str]], places: Mapping[str, Place]) ->
 def _pieces(name: str, place: Place, updates: Updates) -> Iterable[tuple[str, Piece]]:
     if isinstance(place.where, str):
         mergings = updates.mergings.get(name)
-        columns = mergings[0].columns if mergings else (place.shape[-1] if place.shape else 1)
+        columns = mergings[0].columns if mergings else place.columns
         size = prod(place.shape)
         yield place.where, Piece(name, 0, 0, size // columns if columns else 0, columns)
+    elif place.where is None:
+        raise turned(name)
     else:
         for tensor, file_row, row, rows in place.where:
-            yield tensor, Piece(name, file_row, row, rows, place.shape[-1])
+            yield tensor, Piece(name, file_row, row, rows, place.columns)
+
+
+def turned(name: str) -> Error:
+    title = f"`{name}` lies in the files in a way that no rows of them are rows of it"
+    fix = "load the adapter onto the model, patch.bake() it, and save_pretrained"
+    return Error(Diagnostic("GP645", title, text=("transformers turns it while it loads",), fixes=(fix,)))
 
 
 def _refuse_type(name: str, value: Tensor | None, slot: Slot) -> None:

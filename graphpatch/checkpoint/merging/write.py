@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,13 +34,17 @@ class Writer:
 
     def write(self, file: Path, out: Path) -> None:
         """Write the new form of one of the base's files. Raises `Error` (GP647) for a NaN or an infinity."""
-        changed = sorted((self.base.slots[t].offset, t) for t in self.pieces if self.base.slots[t].file == file)
+        regions = []
+        for tensor, pieces in self.pieces.items():
+            slot = self.base.slots[tensor]
+            if slot.file == file:
+                regions += [(slot.offset + p.file_row * _width(slot, p), slot, p) for p in pieces if p.rows]
         with open(file, "rb", buffering=0) as source, open(out, "xb", buffering=0) as target:
             at = 0
-            for offset, tensor in changed:
+            for offset, slot, piece in sorted(regions, key=lambda region: region[0]):
                 self._copy(source, target, at, offset)
-                at = offset + self.base.slots[tensor].nbytes
-                self._change(tensor, target)
+                self._change(slot, piece, offset, target)
+                at = offset + piece.rows * _width(slot, piece)
             self._copy(source, target, at, os.fstat(source.fileno()).st_size)
 
     def copy(self, file: Path, out: Path) -> None:
@@ -60,23 +65,16 @@ class Writer:
             start += sent
             self.done(sent)
 
-    def _change(self, tensor: str, target: BinaryIO) -> None:
-        slot = self.base.slots[tensor]
-        at = 0
-        for piece in sorted(self.pieces[tensor], key=lambda p: p.file_row):
-            width = piece.columns * (slot.nbytes // _numel(slot) if _numel(slot) else 0)
-            assert at == piece.file_row * width  # the pieces of a tensor follow each other
-            at += piece.rows * width
-            if piece.name in self.updates.mergings:
-                self._merge(slot, piece, width, target)
-            else:
-                value = self._value(piece, slot)[piece.row : piece.row + piece.rows]
-                self._put(value.contiguous(), slot.offset + piece.file_row * width, target)
-        assert at == slot.nbytes
+    def _change(self, slot: Slot, piece: Piece, offset: int, target: BinaryIO) -> None:
+        if piece.name in self.updates.mergings:
+            self._merge(slot, piece, target)
+        else:
+            value = self._value(piece, slot)[piece.row : piece.row + piece.rows]
+            self._put(value.contiguous(), offset, target)
 
-    def _merge(self, slot: Slot, piece: Piece, width: int, target: BinaryIO) -> None:
+    def _merge(self, slot: Slot, piece: Piece, target: BinaryIO) -> None:
         assert slot.dtype is not None
-        mergings = self.updates.mergings[piece.name]
+        mergings, width = self.updates.mergings[piece.name], _width(slot, piece)
         if any(m.looks for m in mergings) and piece.name not in self._looked:
             self._look(piece.name)
         dtype = working_dtype(slot.dtype)
@@ -84,22 +82,23 @@ class Writer:
 
         def read(start: int, stop: int) -> Tensor:
             rows = workspace("rows", stop - start, piece.columns, dtype, torch.device("cpu"))
-            return rows.copy_(self._rows(slot, piece, width, start, stop))
+            return rows.copy_(self._rows(slot, piece, start, stop))
 
         def write(start: int, rows: Tensor) -> None:
             assert slot.dtype is not None
             new = workspace("new", len(rows), piece.columns, slot.dtype, rows.device).copy_(rows)
             if not_finite(new):
-                raise _infinite(piece.name, not_finite(self._rows(slot, piece, width, start, start + len(rows))))
+                raise _infinite(piece.name, not_finite(self._rows(slot, piece, start, start + len(rows))))
             self._put(new, slot.offset + (piece.file_row + start - piece.row) * width, target)
 
         merge_blocks(mergings, where, read, write)
 
-    def _rows(self, slot: Slot, piece: Piece, width: int, start: int, stop: int) -> Tensor:
+    def _rows(self, slot: Slot, piece: Piece, start: int, stop: int) -> Tensor:
         """Rows of a parameter within a piece, as the base has them."""
         assert slot.dtype is not None
         if piece.name in self.updates.values:
             return self._value(piece, slot)[start:stop]
+        width = _width(slot, piece)
         size = (stop - start) * width
         if len(self._block) < size:
             self._block = bytearray(size)
@@ -121,12 +120,11 @@ class Writer:
         parts = sorted((p.row, t, p) for t, found in self.pieces.items() for p in found if p.name == name)
         for _, tensor, piece in parts:
             slot = self.base.slots[tensor]
-            width = slot.nbytes // _numel(slot) * piece.columns
             dtype = working_dtype(slot.dtype)  # type: ignore[arg-type]
             where = spans(self.updates.mergings[name], piece.row, piece.row + piece.rows)
 
-            def read(start: int, stop: int, slot=slot, piece=piece, width=width, dtype=dtype) -> Tensor:  # type: ignore[no-untyped-def]
-                return self._rows(slot, piece, width, start, stop).to(dtype, copy=True)
+            def read(start: int, stop: int, slot=slot, piece=piece, dtype=dtype) -> Tensor:  # type: ignore[no-untyped-def]
+                return self._rows(slot, piece, start, stop).to(dtype, copy=True)
 
             look_at_all(self.updates.mergings[name], where, read)
 
@@ -139,11 +137,10 @@ class Writer:
             data = data[written:]
 
 
-def _numel(slot: Slot) -> int:
-    size = 1
-    for n in slot.shape:
-        size *= n
-    return size
+def _width(slot: Slot, piece: Piece) -> int:
+    """Of a row, in bytes."""
+    size = prod(slot.shape)
+    return piece.columns * (slot.nbytes // size if size else 0)
 
 
 def _send(source: BinaryIO, target: BinaryIO, offset: int, size: int) -> int:

@@ -20,6 +20,7 @@ def refuse_uncalled(target: Target, op: str) -> None:
         raise Refusal(
             f"nn.MultiheadAttention reads {name}.weight itself and never calls the module, "
             f"so `{op}` there would do nothing",
+            *(["target the attention itself, `:MultiheadAttention`, which has factors for it"] if op == "lora" else []),
             "leave it out: except :MultiheadAttention",
             code="GP503",
         )

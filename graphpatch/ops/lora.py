@@ -9,6 +9,7 @@ from pydantic import field_validator, model_validator
 from ..tree.tree import Signature, Tensor
 from .arguments import Count, Flag, Real, Share, Text
 from .calls import refuse_uncalled
+from .lora_attention import ATTENTION, FUSED, SEPARATE, attention_shapes, is_separate
 from .lora_experts import STACKS, row_of, stack
 from .lora_options import LINEAR, OF_THE_WEIGHT, TIED, check_options
 from .lora_parts import with_layout
@@ -42,6 +43,10 @@ class Lora(Op):
     is that of the tokens routed to an expert, so no patched stack is ever made; dropout draws for each token at each of
     its experts. Accepted are the experts that Transformers dispatches (Mixtral, Qwen-MoE, DeepSeek, gpt-oss ...),
     whichever of its implementations is set, and those of Llama 4, JetMoE and Step 3.
+
+    `nn.MultiheadAttention` has factors for its fused weight and for the one of its output, as in PEFT
+    (`in_proj_lora_A`, `out_proj_lora_A`), and where q, k and v have a weight each, for each (`q_proj_lora_A`). It is
+    given weights that have gained s B A, put together in each call, and so there is no dropout.
 
     With `parts`, a linear that is several in one (q, k and v; gate and up) has factors for those parts alone, each its
     own as in separate linears: `lora_A` is (parts * rank) x in, and `lora_B` holds the parts' rows one after the other,
@@ -81,6 +86,7 @@ class Lora(Op):
         "torch.nn.modules.conv.ConvTranspose1d": "graphpatch.rewrites.lora_transposed:LoraTransposedConvolution",
         "torch.nn.modules.conv.ConvTranspose2d": "graphpatch.rewrites.lora_transposed:LoraTransposedConvolution",
         "torch.nn.modules.conv.ConvTranspose3d": "graphpatch.rewrites.lora_transposed:LoraTransposedConvolution",
+        ATTENTION: FUSED,
     }
     accepts_parameters: ClassVar = STACKS
     level: ClassVar[int] = 10
@@ -108,7 +114,8 @@ class Lora(Op):
     """Of the randomised decomposition that `init="pissa"` then makes instead of a full one; 16 are plenty."""
 
     parts: tuple[Text, ...] | None = None
-    """Of a linear that is several in one, those that get factors, each its own: `["q", "v"]`."""
+    """Of a linear that is several in one, those that get factors, each its own: `["q", "v"]`. `nn.MultiheadAttention`
+    has q, k, v and out."""
     layout: tuple[tuple[Text, Count], ...] | None = None
     """With `parts`: the parts of the linear in their order, each with its rows, `[["q", 64], ["k", 64], ["v", 64]]`."""
     groups: Count | None = None
@@ -184,7 +191,9 @@ class Lora(Op):
         return with_layout(self, target)
 
     def through(self, target: Target, row: str) -> str:
-        return row_of(target, row) if target.parameter else row
+        if target.parameter:
+            return row_of(target, row)
+        return SEPARATE if row == FUSED and is_separate(target) else row
 
     def check(self, target: Target) -> None:
         refuse_uncalled(target, "lora")
@@ -224,7 +233,8 @@ class Lora(Op):
             )
 
     def adds(self, target: Target) -> dict[str, Tensor]:
-        weight = target.tensor or target.signature.parameters.get("weight")
+        held = target.signature.parameters
+        weight = target.tensor or next((held[name] for name in _WEIGHTS if name in held), None)
         dtype = self.dtype or (weight.dtype if weight and weight.dtype in ("float64", "float32") else "float32")
         found: dict[str, Tensor] = {}
         if self.tied and "weight" in target.later:
@@ -243,6 +253,8 @@ class Lora(Op):
     def _shapes(self, target: Target) -> dict[str | None, tuple[Shape, Shape]]:
         """The shapes of A and B, by the parameter they are for where the module has several."""
         if target.parameter is None:
+            if ATTENTION in target.signature.mro:
+                return attention_shapes(target, self.rank, self.parts)
             a, b = factor_shapes(target.signature, self.rank)
             if self.parts and self.layout:
                 rows = sum(size for name, size in self.layout if name in self.parts) * (self.groups or 1)
@@ -269,10 +281,15 @@ class Lora(Op):
             raise Refusal(f"one adapter for a tied weight is for embeddings and linears, not {target.signature.cls}")
 
 
+_WEIGHTS = ("weight", "in_proj_weight", "q_proj_weight")
+"""What a module calls its weight, or the first of several."""
+
+
 def _refuse_tied(target: Target) -> None:
     """A tied weight is one matrix with two uses. An update of one use alone would part them: merged into the weight it
     would change the other, and a checkpoint of the merged model could not say so."""
-    others = target.tied.get(target.parameter or "weight", ())
+    names = (target.parameter,) if target.parameter else (*_WEIGHTS, "k_proj_weight", "v_proj_weight")
+    others = next((target.tied[name] for name in names if name in target.tied), ())
     if others:
         shared = f"`{others[0]}`" + (f" and {len(others) - 1} more" if len(others) > 1 else "")
         raise Refusal(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .lora_attention import FUSED, SEPARATE
 from .lora_shapes import factor_shapes
 from .op import Refusal, Target
 
@@ -14,6 +15,7 @@ LINEAR = frozenset({"graphpatch.rewrites.lora:LoraLinear", "graphpatch.rewrites.
 EMBEDDING = frozenset({"graphpatch.rewrites.lora_embedding:LoraEmbedding"})
 CONVOLUTION = frozenset({"graphpatch.rewrites.lora_convolution:LoraConvolution"})
 TRANSPOSED_CONVOLUTION = frozenset({"graphpatch.rewrites.lora_transposed:LoraTransposedConvolution"})
+ATTENTION = frozenset({FUSED, SEPARATE})
 """Rewrites, by import path: an option has an effect where the rewrite knows it."""
 
 DORA = LINEAR | EMBEDDING | CONVOLUTION
@@ -31,7 +33,11 @@ TIED = frozenset({"graphpatch.rewrites.lora:LoraLinear"}) | EMBEDDING
 def check_options(lora: Lora, target: Target, rewrite: str) -> None:
     """Raise `Refusal` for the first option that is without effect where `rewrite` does the work."""
     cls = target.signature.cls
-    if lora.parts and rewrite not in LINEAR:
+    if rewrite in ATTENTION and lora.dropout:
+        raise _no_effect("dropout", cls, "it is given weights, and no input passes the factors", "dropout")
+    if rewrite in ATTENTION and lora.layout:
+        raise _no_effect("layout", cls, "its parts are known: q, k, v, out", "layout")
+    if lora.parts and rewrite not in LINEAR | ATTENTION:
         raise _no_effect("parts", cls, "it is no linear made of several", "parts")
     if lora.dora and rewrite not in DORA:
         raise _no_effect("dora=true", cls, "LoRA has no rows of one weight to scale there", "dora")

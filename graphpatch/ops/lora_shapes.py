@@ -83,7 +83,9 @@ KINDS: dict[str, Callable[[Signature, int], tuple[Shape, Shape]]] = {
 }
 """By qualified class name; the first of a target's MRO that stands here decides."""
 
-EXACT = frozenset(name for name, kind in KINDS.items() if kind in (embedding, convolution, transposed_convolution))
+EXACT = frozenset({"torch.nn.modules.activation.MultiheadAttention"}) | frozenset(
+    name for name, kind in KINDS.items() if kind in (embedding, convolution, transposed_convolution)
+)
 """Those whose subclasses are refused, since they may use their input otherwise."""
 
 

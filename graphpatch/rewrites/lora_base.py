@@ -50,9 +50,14 @@ class Adapter(NamedTuple):
     swapped: bool = False
     """A and B are those of an embedding that has the same weight: what is (out, in) here is (in, out) there."""
 
+    pairs: tuple[Any, ...] = ()
+    """Where several of the module's weights have factors: of each, `weight`, `a` and `b`."""
+
     @property
     def tensors(self) -> tuple[str, ...]:
         """The names of all that the adapter has on its module."""
+        if self.pairs:
+            return tuple(name for pair in self.pairs for name in (pair.a, pair.b))
         return (self.a, self.b, *filter(None, (self.bias, self.magnitude)), *self.started)
 
     def factors(self, get: Callable[[str], Tensor]) -> tuple[Tensor, Tensor]:

@@ -253,6 +253,31 @@ def test_convolutions(tmp_path):
     torch.testing.assert_close(of_peft(tmp_path / "out", base)(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("module", "says"),
+    [
+        (nn.Conv1d(4, 6, 3, dilation=2), "without dilation"),
+        (nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), "pads with 'reflect'"),
+        (nn.Conv1d(4, 6, 3, groups=2), "with groups"),
+        (nn.ConvTranspose1d(4, 6, 3), "a transposed convolution"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_convolutions_that_peft_computes_otherwise_are_refused(tmp_path, module, says):
+    patch = graphpatch.apply(
+        nn.Sequential(module), graphpatch.parse("patch :*Conv* with lora(rank=2)\nfreeze ** except @new")
+    )
+    with pytest.raises(Error) as caught:
+        write_portable(patch, tmp_path / "out")
+    assert caught.value.code == "GP635" and says in str(caught.value)
+
+
+def test_the_model_itself_has_no_name(tmp_path):
+    patch = graphpatch.apply(nn.Linear(4, 4), graphpatch.parse("patch ^ with lora(rank=2)\nfreeze ** except @new"))
+    with pytest.raises(Error, match="on the model itself"):
+        write_portable(patch, tmp_path / "out")
+
+
 # ── what is refused ──
 
 

@@ -105,7 +105,9 @@ def _of_step(tree: Tree, step: Step, tensors: Mapping[str, Tensor]) -> Iterable[
     entry = mixin.entry(step.op, step.parameter)
     for node in step.nodes:
         path, signature = tree.paths[node], tree.signature(node)
-        own = {name: tensors[f"{path}.{name}" if path else name] for name in step.adds}
+        if not path:
+            raise Unmergeable("it is on the model itself, which has no name that a key could begin with")
+        own = {name: tensors[f"{path}.{name}"] for name in step.adds}
         shapes = {name: tuple(tensor.shape) for name, tensor in signature.parameters.items()}
         for name, merging in mixin.merging(entry, own, shapes).items():
             if name == "bias":
@@ -124,15 +126,26 @@ def _of_weight(path: str, signature: Signature, merging: LowRank) -> Delta:
     kinds = set(signature.mro)
     if any("ConvTranspose" in kind for kind in kinds):
         raise Unmergeable("no reader but PEFT knows factors of a transposed convolution")
-    (_, *in_), (out, *_) = factor_shapes(signature, 1) if signature.attributes.get("groups", 1) == 1 else ((0,), (0,))
-    if not out:
-        raise Unmergeable("a convolution with groups has other factors here than PEFT's")
+    _refuse_convolution(signature)
+    (_, *in_), (out, *_) = factor_shapes(signature, 1)
     if _CONV1D in kinds or _EMBEDDING in kinds:  # stored (in, out)
         left, right = _whole(merging, in_[0], out)
         return Delta(path, left.t(), scaled(right.t(), merging.scale), _EMBEDDING in kinds)
     left, right = _whole(merging, out, merging.columns)
     b = scaled(left, merging.scale)
     return Delta(path, right.reshape(-1, *in_), b.reshape(*b.shape, *(1 for _ in in_[1:])))
+
+
+def _refuse_convolution(signature: Signature) -> None:
+    """PEFT's A is a convolution with stride and padding alone."""
+    facts = signature.attributes
+    if facts.get("groups", 1) != 1:
+        raise Unmergeable("a convolution with groups has other factors here than PEFT's")
+    dilation = facts.get("dilation", 1)
+    if any(step != 1 for step in (dilation if isinstance(dilation, tuple) else (dilation,))):
+        raise Unmergeable("PEFT's A is a convolution without dilation, and this one has some")
+    if facts.get("padding_mode", "zeros") != "zeros":
+        raise Unmergeable(f"PEFT's A pads with zeros, and this pads with {facts['padding_mode']!r}")
 
 
 def _of_stack(path: str, name: str, shape: Sequence[int], signature: Signature, merging: LowRank) -> Delta:

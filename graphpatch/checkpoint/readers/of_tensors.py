@@ -145,9 +145,10 @@ def rank_is_not_as_configured(case: Case) -> Iterator[str]:
 
 def rank_above_sizes(case: Case) -> Iterator[str]:
     for one in case.adapter.factors.values():
-        if one.a is not None and one.b is not None and one.rank:
-            if one.rank > min(*one.a.shape[1:2], *one.b.shape[:1], one.rank + 1):
-                yield f"{one.path} has rank {one.rank}"
+        if one.a is None or one.b is None or not len(one.a.shape) == len(one.b.shape) == 2:
+            continue
+        if one.rank is not None and one.rank > min(one.a.shape[1], one.b.shape[0]):
+            yield f"{one.path} has rank {one.rank}"
 
 
 def scale_is_not(alpha_over: str) -> Predicate:

@@ -22,6 +22,7 @@ RENAMED: dict[str, frozenset[str]] = {
             "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "glm4v_moe", "longcat_flash", "solar_open", "mellum",
             "qwen3_moe", "beam", "qwen3_omni_moe", "qwen3_omni_moe_thinker", "qwen3_omni_moe_text", "qwen3_next",
             "hunyuan_v1_moe", "flex_olmo", "olmoe", "sarvam_mla", "exaone_moe", "cohere2_moe",
+            "UnlimitedOcrTextModel",
         ),
         _QWEN2_MOE,
     ),

@@ -19,7 +19,7 @@ from ...tree.headers import read_header
 from .config import TENSORS, LoraConfig
 from .keys import adapter_path, canonical
 from .matching import named_by, value_of
-from .reach import ALL_LINEAR
+from .reach import is_all_linear
 from .terms import End, step
 
 
@@ -36,7 +36,7 @@ def asks_for_names(config: LoraConfig) -> bool:
     given = config.target_modules
     if given is None:
         return not config.target_parameters
-    return isinstance(given, str) and (given.lower() == ALL_LINEAR or problem(given) is not None)
+    return is_all_linear(config) or (isinstance(given, str) and problem(given) is not None)
 
 
 def keys_of(folder: Path) -> list[str]:

@@ -12,10 +12,14 @@ from .terms import PARAMETER, End, Pattern, Term, both, full_term, less, pattern
 
 ALL_LINEAR = "all-linear"
 _LINEAR = "torch.nn.Linear"
+_UNCALLED = "torch.nn.modules.linear.NonDynamicallyQuantizableLinear"
+"""The output projection of `nn.MultiheadAttention`, whose weight is read without a call: an adapter has no effect."""
 _LINEARS = "{torch.nn.Linear,transformers.pytorch_utils.Conv1D}"
 _HEADS = (
     "lm_head", "lm_head.decoder", "lm_head.out_proj", "language_model.lm_head", "cls.predictions.decoder",
     "predictions.decoder", "generator_lm_head", "output_projection", "proj_out", "embed_out", "pred_layer.proj",
+    "decoder", "decoder.cls.predictions.decoder", "decoder.lm_head", "head", "head.decoder", "lm_loss", "output",
+    "vocab_projector",
 )  # fmt: skip
 """Where the models of Transformers 5 have what their `get_output_embeddings` gives."""
 _CLASSIFIERS = ("score", "classifier")
@@ -41,7 +45,7 @@ def _named_terms(config: LoraConfig) -> list[Term]:
     if given is None:
         return []
     if isinstance(given, str):
-        if given.lower() == ALL_LINEAR:
+        if is_all_linear(config):
             return [Pattern((".*",), _LINEARS)]
         return [full_term(safe(given))]
     terms: list[Term] = []
@@ -109,15 +113,20 @@ def _less_excluded(config: LoraConfig, terms: Sequence[Term]) -> list[Term]:
     return list(terms)
 
 
-def spared_terms(config: LoraConfig) -> list[Term]:
+def is_all_linear(config: LoraConfig) -> bool:
+    return isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
+
+
+def spared_terms(config: LoraConfig, heads: bool = True) -> list[Term]:
     """What `modules_to_save` and `all-linear` keep from being targets, with all below it."""
     terms: list[Term] = []
     for key in config.modules_to_save or []:
         plain = re.fullmatch(r"[\w-]+", key)
         terms.append(End(key) if plain else Pattern((rf"(?:^|.*\.){safe(key)}(?:$|\..*)",)))
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
-        heads = (*_HEADS, *_CLASSIFIERS) if config.task_type == "SEQ_CLS" else _HEADS
-        terms += [End(name, anchored=True, cls=_LINEARS) for name in heads]
+    if is_all_linear(config):
+        names = (*_HEADS, *_CLASSIFIERS) if config.task_type == "SEQ_CLS" else _HEADS
+        terms += [End(name, anchored=True, cls=_LINEARS) for name in names if heads]
+        terms.append(Pattern((".*",), _UNCALLED))
     return terms
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,17 @@ from ...plan.ruleset import RuleSet
 from .config import LoraConfig, read_config, refuse
 from .defaults import by_targets
 from .names import Named, asks_for_names, keys_of, named_targets, selectors
-from .reach import Cell, cells, excluded_terms, module_terms, owner, parameter_terms, saved_terms, spared_terms
+from .reach import (
+    Cell,
+    cells,
+    excluded_terms,
+    is_all_linear,
+    module_terms,
+    owner,
+    parameter_terms,
+    saved_terms,
+    spared_terms,
+)
 from .terms import MODULE, PARAMETER, End, Term
 
 NAME = "peft.rules"
@@ -93,35 +104,59 @@ class _File:
         modules = module_terms(self.config)
         if not modules and not self.config.target_parameters:
             refuse(self.what, "target_modules", "it is empty, and target_parameters too: nothing would be changed")
-        self._cells(modules, self._without(self.config, modules), MODULE)
-        self.parameters()
+        if is_all_linear(self.config):
+            # The output layer is told by what Transformers calls it, and another model has none.
+            with self._when("config.model_type is not none"):
+                self._modules(self.config, modules)
+            with self._when("config.model_type is none"):
+                self._modules(self.config, modules, heads=False)
+            self.parameters()
+        else:
+            # One of both may be nowhere.
+            alone = not (modules and self.config.target_parameters)
+            of_modules = self._modules(self.config, modules, alone=alone)
+            of_parameters = self.parameters(alone=alone)
+            if not alone:
+                self._require(of_modules + of_parameters)
 
-    def parameters(self) -> None:
+    def parameters(self, *, alone: bool = True) -> list[str]:
         parted = cells(self.config, parameter_terms(self.config))
         # The weight of a linear is that linear: to_peft names one so where PEFT would misread its name.
         linears = [Cell(c.rank, c.alpha, [o for t in c.terms if (o := owner(t)) is not None]) for c in parted]
-        of_linears = self._patches([cell for cell in linears if cell.terms], [], MODULE, alone=not parted)
-        self._require(of_linears + self._patches(parted, of_linears, PARAMETER, alone=not of_linears))
+        made = self._patches([cell for cell in linears if cell.terms], [], MODULE, alone=False)
+        made += self._patches(parted, made, PARAMETER, alone=alone and not made)
+        if alone:
+            self._require(made)
+        return made
 
     def by_model_type(self) -> None:
-        known: list[str] = []
+        known = [kind for _, kinds in by_targets() for kind in kinds]
+        self._statements.append(f"require config.model_type in {_list(known)}")
         for given, kinds in by_targets():
-            body, self._statements = self._statements, []
             config = self.config.model_copy(update={"target_modules": given})
-            modules = module_terms(config)
-            self._cells(modules, self._without(config, modules), MODULE)
-            inner = "".join(f"  {line}\n" for text in self._statements for line in text.split("\n"))
-            self._statements = [*body, f"when config.model_type in {_list(kinds)} {{\n{inner}}}"]
-            known += kinds
-        self._statements.insert(0, f"require config.model_type in {_list(known)}")
+            with self._when(f"config.model_type in {_list(kinds)}"):
+                self._modules(config, module_terms(config))
 
-    def _without(self, config: LoraConfig, modules: Sequence[Term]) -> list[str]:
+    @contextmanager
+    def _when(self, test: str) -> Iterator[None]:
+        """What is written within counts only where the test holds."""
+        outside, self._statements = self._statements, []
+        yield
+        inner = "".join(f"  {line}\n" for text in self._statements for line in text.split("\n"))
+        self._statements = [*outside, f"when {test} {{\n{inner}}}"]
+
+    def _modules(
+        self, config: LoraConfig, modules: Sequence[Term], *, heads: bool = True, alone: bool = True
+    ) -> list[str]:
+        made = self._patches(cells(config, modules), self._without(config, modules, heads), MODULE, alone=alone)
+        if alone:
+            self._require(made)
+        return made
+
+    def _without(self, config: LoraConfig, modules: Sequence[Term], heads: bool = True) -> list[str]:
         """The aliases of what is left out of these."""
-        parts = (("excluded", excluded_terms(config, modules)), ("spared", spared_terms(config)))
+        parts = (("excluded", excluded_terms(config, modules)), ("spared", spared_terms(config, heads)))
         return [self._alias(name, terms) for name, terms in parts if terms]
-
-    def _cells(self, terms: Sequence[Term], out: Sequence[str], cls: str) -> None:
-        self._require(self._patches(cells(self.config, terms), out, cls))
 
     def _patches(self, parted: Sequence[Cell], out: Sequence[str], cls: str, *, alone: bool = True) -> list[str]:
         """A patch of each cell; returns their aliases."""

@@ -7,14 +7,21 @@ import re
 
 import pytest
 from peft import LoraConfig
-from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    _ExcludedModule,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from peft.utils.other import get_pattern_key
 from torch import nn
 
 import graphpatch
 from graphpatch.checkpoint.peft.config import config_of
+from graphpatch.checkpoint.peft.defaults import BY_MODEL_TYPE
 from graphpatch.checkpoint.peft.matching import targets, value_of
+from graphpatch.checkpoint.peft.moe import RENAMED
 from graphpatch.checkpoint.peft.rules import from_peft
+from tests.checkpoint.peft.models import ConvNet, bert, deepseek, gpt2, llama, t5
 
 SEGMENTS = ["layers", "h", "q_proj", "proj", "attn", "mlp", "head", "lm_head", "0", "1", "2", "down-0", "x"]
 
@@ -103,3 +110,45 @@ def test_a_config_reaches_what_it_reaches_in_peft(seed):
         assert not expected or "modules_to_save" in fields, str(error)
         return
     assert {plan.tree.paths[n]: (step.op.rank, step.op.alpha) for step in plan.steps for n in step.nodes} == expected
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, bert, t5, deepseek, ConvNet], ids=lambda make: make.__name__)
+def test_all_linear_without_weights(make):
+    """Nobody names the output layer: it is known by what it is called, where the model is of Transformers."""
+    model = make()
+    fields = {"peft_type": "LORA", "r": 2, "target_modules": "all-linear"}
+    expected = _maybe_include_all_linear_layers(LoraConfig(target_modules="all-linear"), model).target_modules
+    assert {change.path for change in from_peft(fields).plan(model).changes} == expected
+
+
+def test_targets_of_both_kinds_one_of_which_is_nowhere():
+    model = llama()
+    for modules, parameters in ((["q_proj"], ["experts.gate_up_proj"]), (["wqkv"], ["q_proj.weight"])):
+        fields = {"peft_type": "LORA", "target_modules": modules, "target_parameters": parameters}
+        assert len(from_peft(fields).plan(model).changes) == 3
+    fields = {"peft_type": "LORA", "target_modules": ["wqkv"], "target_parameters": ["experts.gate_up_proj"]}
+    with pytest.raises(graphpatch.PlanError):
+        from_peft(fields).plan(model)
+
+
+def test_no_targets_are_those_of_the_model_type():
+    fields = {"peft_type": "LORA", "r": 2}
+    assert {c.path.rpartition(".")[2] for c in from_peft(fields).plan(llama()).changes} == {"q_proj", "v_proj"}
+    assert {c.path.rpartition(".")[2] for c in from_peft(fields).plan(gpt2()).changes} == {"c_attn"}
+    with pytest.raises(graphpatch.PlanError):
+        from_peft(fields).plan(ConvNet())
+
+
+def test_the_table_of_model_types_is_that_of_peft():
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as theirs
+
+    assert BY_MODEL_TYPE == theirs
+
+
+def test_the_table_of_renamed_experts_is_that_of_peft():
+    from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
+
+    kinds = {kind: of for kind, of in _MODEL_TO_CONVERSION_PATTERN.items() if of in _MOE_TARGET_MODULE_MAPPING}
+    assert {kind: set(_MOE_TARGET_MODULE_MAPPING[of]) for kind, of in kinds.items()} == {
+        kind: set(names) for kind, names in RENAMED.items()
+    }

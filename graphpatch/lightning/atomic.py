@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import torch
@@ -21,6 +22,11 @@ class AtomicIO(TorchCheckpointIO):
     Lightning writes to the system's temporary folder and moves the file; where that is another filesystem, moving is
     copying, and a crash leaves half of it. Paths that are no local files (`s3://`) are written as Lightning does.
     """
+
+    def __init__(self, *companions: Callable[[Path], None]):
+        """Each of `companions` is called with the path of a file that was written, to write something beside it."""
+        super().__init__()
+        self.companions = companions
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         if "://" in str(path) or storage_options is not None:
@@ -40,6 +46,18 @@ class AtomicIO(TorchCheckpointIO):
             beside.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
+        for companion in self.companions:
+            companion(path)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        super().remove_checkpoint(path)
+        if self.companions and "://" not in str(path):
+            rmtree(companion_of(Path(path)), ignore_errors=True)
+
+
+def companion_of(path: Path) -> Path:
+    """The directory beside a checkpoint: `last.adapter` beside `last.ckpt`."""
+    return path.with_suffix(".adapter")
 
 
 def sync_folder(folder: Path) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
 from os import PathLike
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -17,13 +18,15 @@ from torch import nn
 
 from ..patch.apply import apply_plan
 from ..patch.patch import Patch, patches
-from ..plan.plan import Plan
+from ..plan.plan import Plan, patterns
 from ..plan.ruleset import RuleSet, load
 from . import checks
+from .adapters import write_adapters
 from .atomic import AtomicIO
 from .base import Base, load_base
 from .contents import Window, keep_what_changes
 from .handover import Handover
+from .inner import plan_inside
 from .problem import refusal
 from .random_state import Randomness
 
@@ -61,10 +64,12 @@ class ModelTransform(pl.Callback):
         base_checkpoint: Base | None = None,
         adapter: str | None = None,
         *,
+        adapter_directory: bool | Literal["peft"] = False,
         allow_import: str | Sequence[str] = (),
     ):
         self.rules, self.params, self.adapter = rules, dict(params or {}), adapter
         self.base_checkpoint, self.allow_import = base_checkpoint, allow_import
+        self.adapter_directory = adapter_directory
         self._plan_text = ""
         self._handover = Handover()
         self._window: Window | None = None
@@ -89,7 +94,7 @@ class ModelTransform(pl.Callback):
     def plan(self, model: nn.Module) -> Plan | None:
         """What it would do; None where it is a function, of which nobody can know."""
         rules = self.rule_set()
-        return None if rules is None else rules.plan(model, adapter=self.adapter, allow_import=self.allow_import)
+        return None if rules is None else plan_inside(rules, model, self.adapter, patterns(self.allow_import))
 
     def apply(self, model: nn.Module) -> Patch | None:
         plan = self.plan(model)
@@ -98,7 +103,8 @@ class ModelTransform(pl.Callback):
         self._plan_text = str(plan)
         for warning in plan.warnings:
             _log.warning(warning.render())
-        return apply_plan(plan, model)
+        assert plan.tree.modules is not None
+        return apply_plan(plan, plan.tree.modules[0])
 
     def rule_set(self) -> RuleSet | None:
         """Its rules; None where they are a function. Raises `RuleError` for a file that cannot be read."""
@@ -130,8 +136,11 @@ class ModelTransform(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         checks.refuse_mixed(trainer, pl_module)
         checks.refuse_swallowed(pl_module)
-        checks.refuse_other_callbacks(trainer, self)
-        write_whole_files(trainer)
+        checks.refuse_other_callbacks(trainer, self, bool(_applied(pl_module)))
+        beside = (
+            [partial(write_adapters, pl_module, self.adapter_directory == "peft")] if self.adapter_directory else []
+        )
+        write_whole_files(trainer, *beside)
         transform = self._agreed(pl_module)
         transform.identity()  # rules that cannot be read are told of before anything is built
         # `configure_model` is called after every setup and before anything wraps the model. A partial, since Lightning
@@ -250,10 +259,16 @@ def by_function(function: Callable[[nn.Module], Any], model: nn.Module) -> Patch
     return next((patch for patch in patches(model) if patch not in before), None)
 
 
-def write_whole_files(trainer: pl.Trainer) -> None:
+def write_whole_files(trainer: pl.Trainer, *companions: Callable[[Path], None]) -> None:
     """Checkpoints are written as a whole or not at all, unless the user has a way of writing them."""
-    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-        trainer.strategy.checkpoint_io = AtomicIO()
+    if type(trainer.strategy.checkpoint_io) in (TorchCheckpointIO, AtomicIO):
+        trainer.strategy.checkpoint_io = AtomicIO(*companions)
+    elif companions:
+        raise refusal(
+            "GP814",
+            f"no adapter can be written beside what {type(trainer.strategy.checkpoint_io).__name__} writes",
+            "leave out that CheckpointIO, or adapter_directory",
+        )
 
 
 def write_plan(logger: Any, text: str) -> None:
@@ -262,8 +277,6 @@ def write_plan(logger: Any, text: str) -> None:
     if callable(add_text):
         add_text("graphpatch/plan", f"```\n{text}\n```")
     elif logger.log_dir:
-        from pathlib import Path
-
         folder = Path(logger.log_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "plan.txt").write_text(text + "\n", "utf-8")

@@ -38,9 +38,9 @@ def refuse_swallowed(module: pl.LightningModule) -> None:
             )
 
 
-def refuse_other_callbacks(trainer: pl.Trainer, transform: ModelTransform) -> None:
+def refuse_other_callbacks(trainer: pl.Trainer, transform: ModelTransform, transformed: bool) -> None:
     """Callbacks that would undo what a transform does, or copy the model too early."""
-    from lightning.pytorch.callbacks import BaseFinetuning
+    from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
 
     from .callback import ModelTransform
 
@@ -58,6 +58,12 @@ def refuse_other_callbacks(trainer: pl.Trainer, transform: ModelTransform) -> No
                 "GP808",
                 f"two {type(transform).__name__} callbacks add an adapter of the same name",
                 'give each a name: adapter="math"',
+            )
+        if isinstance(other, StochasticWeightAveraging) and not transformed:
+            raise refusal(
+                "GP809",
+                f"{type(other).__name__} copies the model before it is transformed",
+                "transform it before: lora(module), then trainer.fit(module); or use WeightAveraging",
             )
         if number < at and any(c.__name__ == "WeightAveraging" for c in type(other).__mro__):
             raise refusal(

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..patch.patch import patches
+from ..patch.record import record_of
 from ..plan.ruleset import RuleSet
 from .problem import refusal
 from .random_state import Randomness
@@ -43,13 +44,26 @@ def keep_what_changes(module: pl.LightningModule) -> Iterator[None]:
     known: Kept | None = module.__dict__.get(_KEPT)
     yield
     after = module.state_dict(keep_vars=True)
-    added = {name for name, tensor in after.items() if id(tensor) not in before}
+    # Also what a transform brought before this one: in the user's configure_model, or before fit.
+    added = {name for name, tensor in after.items() if id(tensor) not in before} | _brought(module)
     buffers = {n: _digest(t) for n, t in after.items() if n not in added and not isinstance(t, nn.Parameter)}
     module.__dict__[_KEPT] = Kept(known.added | added, known.buffers) if known else Kept(frozenset(added), buffers)
     if known is None:
         module.on_save_checkpoint = partial(_on_save, module, module.on_save_checkpoint)  # type: ignore[method-assign]
         module.on_load_checkpoint = partial(_on_load, module, module.on_load_checkpoint)  # type: ignore[method-assign]
         module.register_load_state_dict_pre_hook(_fill)
+
+
+def _brought(module: nn.Module) -> set[str]:
+    """The names of what patches added, read off the modules that they changed."""
+    names: set[str] = set()
+    for path, part in module.named_modules():
+        record, dot = record_of(part), f"{path}." if path else ""
+        names |= {dot + name for name in record.added}
+        if record.original is not None:
+            theirs = {id(t) for t in record.original.state_dict(keep_vars=True).values()}
+            names |= {dot + n for n, t in part.state_dict(keep_vars=True).items() if id(t) not in theirs}
+    return names
 
 
 def names_to_save(module: nn.Module) -> set[str]:

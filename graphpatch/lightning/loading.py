@@ -12,6 +12,7 @@ from ..patch.apply import apply_plan
 from ..plan.ruleset import RuleSet
 from .base import Base, load_base
 from .contents import KEY, check_loadable, keep_what_changes
+from .inner import plan_inside
 from .problem import refusal
 
 _Module = TypeVar("_Module", bound=pl.LightningModule)
@@ -37,7 +38,9 @@ def load_from_checkpoint(
         with keep_what_changes(module):
             for record in ours["patches"]:
                 rules = RuleSet.from_json(json.dumps(record["rules"]))
-                apply_plan(rules.plan(module, adapter=record["adapter"]), module, initialise=False)
+                plan = plan_inside(rules, module, record["adapter"], ())
+                assert plan.tree.modules is not None
+                apply_plan(plan, plan.tree.modules[0], initialise=False)
         check_loadable(module, checkpoint)
         cls.on_load_checkpoint(cast(_Module, module), checkpoint)
 

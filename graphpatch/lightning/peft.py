@@ -11,10 +11,11 @@ from torch import nn
 
 from ..ops.op import Op
 from ..patch.walk import walk
-from ..plan.plan import Plan
+from ..plan.plan import Plan, patterns
 from ..plan.ruleset import RuleSet, parse
 from .by_hook import given_step, refuse_answer
 from .callback import ModelTransform
+from .inner import plan_inside
 from .problem import refusal
 
 
@@ -60,7 +61,7 @@ class PEFT(ModelTransform):
         """What the hook says of `model`, which stays as it is."""
         rules = self.rule_set()
         if rules is not None:
-            return rules.plan(model, adapter=self.adapter, allow_import=self.allow_import)
+            return plan_inside(rules, model, self.adapter, patterns(self.allow_import))
         ops: dict[str, list[str]] = {}
         modules: dict[str, nn.Module] = {}
         hook = f"{type(self).__name__}.transform"

@@ -104,10 +104,16 @@ def test_called_in_configure_model_the_callback_only_verifies(tmp_path):
             self.build()
             self.model_transform(self.net)
 
-    lora = LoRA(["linear_qkv"], dim=2)
-    module = Early(lora, "configure_model")
-    trainer(tmp_path, lora).fit(module, data())
+    # PiSSA's first factors are buffers, which no optimizer and no `requires_grad` tells of.
+    rules = graphpatch.parse('patch linear_qkv with lora(rank=2, init="pissa")\nfreeze ** except @new')
+    transform = ModelTransform(rules)
+    module = Early(transform, "configure_model")
+    t = trainer(tmp_path, transform)
+    t.fit(module, data())
     assert len(graphpatch.patches(module)) == 1 and len(factors(module)) == 4
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    held = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+    assert len([name for name in held if "lora_" in name]) == 8
 
 
 def test_what_is_wrong_is_said_before_anything_is_built(tmp_path):

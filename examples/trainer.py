@@ -17,19 +17,45 @@ from typing import Any
 import numpy as np
 import torch
 from docstrings import Example, word_order
+from torch import Tensor, nn
 from transformers import (
-    AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertModel,
+    BertPreTrainedModel,
     EvalPrediction,
     Trainer,
     TrainingArguments,
 )
+from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils.logging import disable_progress_bar
 
 import graphpatch
 from graphpatch.transformers import AdapterCheckpoint
 
 RULES = os.path.relpath(Path(__file__).with_name("trainer.rules"))
+
+
+class MeanClassifier(BertPreTrainedModel):
+    """An encoder, and a head on the mean over its tokens, which is what MiniLM was trained for."""
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.bert = BertModel(config, add_pooling_layer=False)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> SequenceClassifierOutput:
+        tokens = self.bert(input_ids, attention_mask, token_type_ids).last_hidden_state
+        mask = attention_mask.unsqueeze(-1)
+        logits = self.classifier((tokens * mask).sum(1) / mask.sum(1))
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
 def main() -> None:
@@ -108,9 +134,9 @@ def minilm() -> Path:
     return Path(package.origin).with_name("model")
 
 
-def base(folder: Path) -> Any:
+def base(folder: Path) -> MeanClassifier:
     torch.manual_seed(0)  # the head is new, and drawn
-    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+    return MeanClassifier.from_pretrained(folder, num_labels=2)
 
 
 def tokenized(examples: list[Example], tokenizer: Any) -> list[dict[str, Any]]:

@@ -88,6 +88,10 @@ def test_the_examples_of_the_adapters_page_run():
     run_python(ROOT / "docs" / "adapters.md")
 
 
+def test_the_examples_of_the_page_on_lora_run():
+    run_python(ROOT / "docs" / "lora.md")
+
+
 def test_the_examples_of_the_peft_page_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_python(ROOT / "docs" / "peft.md")

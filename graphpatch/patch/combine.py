@@ -189,6 +189,8 @@ def _sources(found: Adapters, weights: Mapping[Name, float]) -> tuple[Tree, dict
                     entry = entries.pop((modules[node], tuple(step.adds)), None)
                     if entry is not None:
                         op = _plain(step.op, name, plan.tree.paths[node])
+                        if entry.pairs:
+                            raise _not(name, f"on `{plan.tree.paths[node]}` it has factors for several weights")
                         updates = _updates(modules[node], entry, weight)
                         targets.setdefault((node, step.parameter), []).append(_Source(op, updates))
             if entries:

@@ -80,7 +80,7 @@ def _factors(model: nn.Module) -> tuple[set[int], set[int], set[int]]:
                 if isinstance(module, LoraEmbedding):
                     of_embeddings.update(id(p) for p in own.values() if p is not None)
                 else:
-                    of_b.add(id(own.get(adapter.b)))
+                    of_b.update(id(own.get(name)) for name in ([p.b for p in adapter.pairs] or [adapter.b]))
     return of_b, of_embeddings, adapters
 
 

@@ -277,3 +277,17 @@ def test_subclasses_and_the_inner_linear_are_refused():
     assert "may use its input otherwise" in refused("GP410", made, f"patch attn with lora(rank=2){FREEZE}")
     text = refused("GP503", model("fused"), f"patch out_proj with lora(rank=2){FREEZE}")
     assert "`:MultiheadAttention`" in text
+
+
+def test_every_b_has_the_rate_of_b_and_none_is_left_out_of_a_combination():
+    made = model("fused")
+    patch = apply(made, adapter="a")
+    rates = {id(p): group["lr"] for group in graphpatch.lora_plus(patch, lr=1.0, ratio=4.0) for p in group["params"]}
+    assert {name[-3:]: rates[id(p)] for name, p in made.named_parameters() if "lora" in name} == {
+        "A_a": 1.0,
+        "B_a": 4.0,
+    }
+    apply(made, adapter="b")
+    with pytest.raises(graphpatch.Error) as caught:
+        graphpatch.combine(made, {"a": 1.0, "b": 1.0}, "c")
+    assert caught.value.code == "GP527" and "several weights" in str(caught.value)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -288,3 +289,17 @@ def test_what_is_unknown_or_without_effect_is_refused(code, make, arguments, sai
     before = state(model)
     assert said in refused(code, model, f"patch qkv with lora(rank=2, {arguments}){FREEZE}")
     assert state(model) == before
+
+
+def test_peft_reads_them_as_one_adapter(tmp_path):
+    """Its A and B are those of the whole linear: the parts' ranks beside each other, zeros between their rows."""
+    model = built("GPTNeoX")
+    rule = f'patch query_key_value with lora(rank=2, alpha=3, parts=["q", "v"]){FREEZE}'
+    randomise(patch := graphpatch.apply(model, graphpatch.parse(rule)))
+    ids = torch.arange(1, 9).view(1, 8)
+    graphpatch.to_peft(patch, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(built("GPTNeoX"), tmp_path).eval()
+    torch.testing.assert_close(theirs(ids).logits, model(ids).logits)
+    back = built("GPTNeoX")
+    graphpatch.load_peft(back, tmp_path)
+    torch.testing.assert_close(back(ids).logits, model(ids).logits)

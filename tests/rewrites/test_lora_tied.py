@@ -221,3 +221,25 @@ def test_peft_ties_the_same():
     head.lora_B["default"].weight.data.copy_(a.t())
     ids = torch.arange(12).view(2, 6)
     torch.testing.assert_close(ours(ids).logits, theirs(ids).logits)
+
+
+def test_what_would_part_them_is_refused(tmp_path):
+    _, patch = patched()
+    for profile, code in (("peft", "GP625"), ("portable", "GP635")):
+        with pytest.raises(graphpatch.Error) as caught:
+            graphpatch.to_peft(patch, tmp_path / profile, profile=profile)
+        assert caught.value.code == code and not (tmp_path / profile).exists()
+
+
+def test_on_disk_the_one_weight_changes_once(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    made, patch = patched()
+    base = {k: v.clone() for k, v in model().state_dict().items() if k != "head.weight"}
+    (tmp_path / "base").mkdir()
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    graphpatch.save_adapter(patch, tmp_path / "adapter")
+    graphpatch.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    torch.testing.assert_close(merged["embed.weight"], base["embed.weight"] + delta(made))
+    assert set(merged) == set(base) and torch.equal(merged["mid.weight"], base["mid.weight"])

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from ...lang.diagnostics import Diagnostic, Error
+from ...ops.lora_parts import spread_of
+from ...rewrites.spread import spread
 from .keys import TAILS, Adapted
 from .layout import theirs
 
@@ -47,6 +49,11 @@ def plain(one: Adapted, added: Mapping[str, torch.Tensor]) -> Plain:
         tensors["lora_A"] = torch.cat([tensors["lora_A"], a0.to(tensors["lora_A"])])
         tensors["lora_B"] = torch.cat([tensors["lora_B"], -b0.to(tensors["lora_B"])], dim=1)
         rank *= 2
+    parts = spread_of(one.op)
+    if parts is not None:
+        # Of all parts at once: each part's product in its rows, and zeros between.
+        tensors["lora_B"] = spread(tensors["lora_B"], parts)
+        rank *= len(parts.chosen)
     unknown = [name for name in tensors if name not in TAILS[one.kind]]
     if unknown:
         raise inexpressible(one.name, f"`{unknown[0]}` of {one.op.text()} has no name in PEFT's files")
@@ -59,6 +66,12 @@ def _refuse(one: Adapted) -> None:
     facts = one.signature.attributes
     if not TAILS[one.kind]:
         raise inexpressible(one.name, f"PEFT has no LoRA on {one.signature.cls} that this could be")
+    if one.op.tied:
+        raise inexpressible(
+            one.name,
+            "its adapter is that of another module too, whose weight it has; a reader of PEFT's file would part them",
+            "merge it: patch.merge(), or on the files: graphpatch merge BASE ADAPTER OUT",
+        )
     if one.kind == "convolution":
         dilation = facts.get("dilation")
         if isinstance(dilation, tuple) and any(step != 1 for step in dilation):

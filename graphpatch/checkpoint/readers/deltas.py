@@ -58,6 +58,10 @@ def deltas_of(plan: Plan, tensors: Mapping[str, Tensor], moved: Sequence[str] = 
     for step in plan.steps:
         if step.op.op.startswith(_PASSED_OVER):
             continue
+        if step.op.shares:
+            path = plan.tree.paths[step.nodes[0]]
+            wrong.append(f"{step.op.text()} on {path}: one adapter for both uses of a tied weight, which readers part")
+            continue
         try:
             for delta in _of_step(plan.tree, step, tensors):
                 key = delta.path, delta.parameter

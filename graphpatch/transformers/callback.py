@@ -53,7 +53,9 @@ class AdapterCheckpoint(TrainerCallback):
             detach(self.patch)
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        end_admission(self._patch_on(kwargs["model"]))
+        patch = self._patch_on(kwargs["model"])
+        end_admission(patch)
+        _refuse_sharded(args, patch)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

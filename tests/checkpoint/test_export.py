@@ -199,6 +199,32 @@ def test_every_reader_of_language_models_gets_what_it_accepts(tmp_path, reader):
     assert reader in READERS
 
 
+def test_sglang_has_its_own_names_for_experts_in_the_list_of_targets(tmp_path):
+    _, _, folder = saved(tmp_path, "patch experts.{gate_up_proj,down_proj} with lora(rank=4)", "mixtral")
+    assert export_adapter(folder, tmp_path / "vllm", "vllm").clean
+    assert "target names" in {f.row.name for f in validate(tmp_path / "vllm", seeded("mixtral"), "sglang").findings}
+    assert export_adapter(folder, tmp_path / "sglang", "sglang").clean
+    configs = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("vllm", "sglang")]
+    assert [config["target_modules"] for config in configs] == [
+        ["w1", "w2", "w3"],
+        ["down_proj", "gate_proj", "up_proj"],
+    ]
+    keys = [set(load_file(tmp_path / name / "adapter_model.safetensors")) for name in ("vllm", "sglang")]
+    assert keys[0] == keys[1]
+
+
+def test_latent_attention_is_complete_for_sglang(tmp_path):
+    _, _, folder = saved(tmp_path, "patch layers[1].**.q_a_proj with lora(rank=4)", "deepseek_v3")
+    report = export_adapter(folder, tmp_path / "out", "sglang")
+    assert report.clean and {path.rpartition(".")[2] for path in report.adapter.factors} == {
+        "q_a_proj",
+        "kv_a_proj_with_mqa",
+    }
+    _, _, folder = saved(tmp_path / "b", "patch kv_b_proj with lora(rank=4)", "deepseek_v3")
+    with pytest.raises(Error, match="taken apart"):
+        export_adapter(folder, tmp_path / "mlx", "mlx")
+
+
 # ── folders ──
 
 

@@ -90,6 +90,7 @@ def test_a_plain_adapter_of_peft_is_accepted_by_all_that_read_its_directories(pl
         ("vllm", "rank", {"r": 32}),
         ("sglang", "kind", {"peft_type": "IA3"}),
         ("sglang", "targets", {"target_modules": ".*q_proj"}),
+        ("sglang", "target names", {"target_modules": ["q_proj", "w1"]}),
         ("sglang", "scale", {"use_rslora": True}),
         ("sglang", "scale", {"alpha_pattern": {"v_proj": 3}}),
         ("sglang", "one rank", {"r": 8}),
@@ -160,6 +161,8 @@ B = "base_model.model."
         ("sglang", "v beside q", dropped("0.self_attn.v_proj")),
         ("sglang", "q beside v", dropped("0.self_attn.q_proj")),
         ("sglang", "q beside k", lambda t: renamed("v_proj", "k_proj")(dropped("q_proj")(t))),
+        ("sglang", "q_a beside kv_a", renamed("q_proj", "kv_a_proj_with_mqa")),
+        ("sglang", "kv_a beside q_a", renamed("q_proj", "q_a_proj")),
         ("sglang", "gate beside up", lambda t: {
             **t, B + "model.layers.0.mlp.up_proj.lora_A.weight": torch.zeros(4, 32),
             B + "model.layers.0.mlp.up_proj.lora_B.weight": torch.zeros(48, 4)}),
@@ -244,6 +247,7 @@ def one_by_one(names: str, block: str, experts: int = 4):
 def test_single_experts_have_the_names_of_the_files(moe, mixtral_tree, tmp_path):
     folder = Path(shutil.copytree(moe, tmp_path / "moe"))
     edit_tensors(folder, one_by_one("w1 w3 w2", "block_sparse_moe"))
+    edit_config(folder, target_modules=["q_proj", "v_proj"])
     report = validate(folder, mixtral_tree, ("vllm", "sglang", "trtllm", "llamacpp"))
     assert report.clean and report.effective == 4 + 2 * 4 * 3
 

@@ -23,6 +23,7 @@ from .folder import check_folder, write_folder
 from .mlx import for_mlx
 from .of_peft import deltas_of_peft
 from .portable import Written, portable
+from .sglang import for_sglang
 from .table import STACKED
 from .validate import Report, readers_of, validate_adapter
 
@@ -72,6 +73,8 @@ def export_adapter(
     metadata = {"format": "pt"}
     if layout == "mlx":
         written = for_mlx(written, tree)
+    elif name == "sglang":
+        written = for_sglang(written)
     elif layout == "diffusers":
         written, said = for_diffusers(written, tree, part)
         metadata = {"lora_adapter_metadata": said}  # alone, since several entries are written in any order

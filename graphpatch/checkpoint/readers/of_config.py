@@ -85,6 +85,15 @@ def target_is_a_regex(case: Case) -> Iterator[str]:
         yield f"target_modules: {said[:60]}"
 
 
+def targets_outside(*known: str) -> Predicate:
+    """A name in the list of targets whose end the reader does not know."""
+
+    def witnesses(case: Case) -> Iterator[str]:
+        yield from (name[:80] for name in case.adapter.words("target_modules") if name.rpartition(".")[2] not in known)
+
+    return witnesses
+
+
 # ── mlx-lm ──
 
 

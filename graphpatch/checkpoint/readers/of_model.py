@@ -19,6 +19,11 @@ def kind_outside(*kinds: str) -> Predicate:
     return lambda case: [f"model_type is {case.kind}"] if case.kind not in ("", *kinds) else ()
 
 
+def taken_apart(name: str, *kinds: str) -> Predicate:
+    """A module that the reader has in parts, in models of these kinds."""
+    return lambda case: (path for path in case.adapter.factors if case.kind in kinds and path.endswith(f".{name}"))
+
+
 def unknown_leaf(case: Case) -> Iterator[str]:
     """The last name is that of no module with a weight."""
     known = _leaves(case)

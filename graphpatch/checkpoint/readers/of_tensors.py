@@ -77,21 +77,19 @@ def outside_numbered_layers(case: Case) -> Iterator[str]:
             yield path
 
 
-def without(partner: str, name: str) -> Predicate:
-    """`partner` is missing beside a `name` of the same block."""
+def without(partner: str, name: str, where_there_is_one: bool = False) -> Predicate:
+    """`partner` is missing beside a `name` of the same block; or only where the model has such a partner."""
 
     def witnesses(case: Case) -> Iterator[str]:
         for path in case.adapter.factors:
             block, _, leaf = path.rpartition(".")
-            if leaf == name and f"{block}.{partner}" not in case.adapter.factors and _gated(case, block, partner):
+            other = f"{block}.{partner}"
+            if leaf != name or other in case.adapter.factors:
+                continue
+            if not where_there_is_one or case.tree is None or case.tree.find(other) is not None:
                 yield f"{path} without {partner}"
 
     return witnesses
-
-
-def _gated(case: Case, block: str, partner: str) -> bool:
-    """Where the model has no such partner there is nothing to stack it with."""
-    return case.tree is None or case.tree.find(f"{block}.{partner}") is not None
 
 
 def names_outside(*known: str) -> Predicate:

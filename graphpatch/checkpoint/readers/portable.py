@@ -24,7 +24,7 @@ from .deltas import Delta, refuse
 from .experts import Role, names_of
 from .table import STACKED
 
-_STACKS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_STACKS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
 """Linears that a server computes as one."""
 
 

@@ -35,6 +35,11 @@ _TRT_KEY = (
     r"(.*)\.(\d+)\.(\w+)\.(\w+|\w+\.\w+|(\w+)\.(\d+)\.(\w+))"
     r"\.(?:lora_(?:[AB]\.weight|magnitude_vector)|weight_m_wdecomp.weight)"
 )
+_SGLANG_NAMES = (
+    "q_proj k_proj v_proj qkv_proj o_proj out_proj gate_proj up_proj gate_up_proj down_proj embed_tokens vocab_emb "
+    "embeddings word_embeddings lm_head output unembed_tokens q_a_proj kv_a_proj_with_mqa fused_qkv_a_proj_with_mqa "
+    "q_b_proj kv_b_proj in_proj in_proj_qkvz fc1_latent_proj fc2_latent_proj wq_b wk weights_proj qkvr wo_ud"
+).split()
 _TRT_NAMES = "q_proj k_proj v_proj o_proj gate_proj down_proj up_proj gate_up_proj w1 w2 w3 gate".split()
 _OTHER = r"\.(embed_tokens|lm_head)\.base_layer\.weight$|(classifier|score)\.|lora_magnitude|\.bias$|trainable_tokens"
 STACKED = ("gpt_oss", "qwen3_5", "qwen3_vl_moe", "qwen3_omni", "interns1")
@@ -156,9 +161,18 @@ TABLE: tuple[Row, ...] = (
     Row("sglang", "q beside v", "refused", tensors.without("q_proj", "v_proj"),
         "q, k and v are one: k_proj and v_proj alone match no target", "profile portable adds factors of zeros",
         f"{_LORA} normalize_qkv_proj"),
-    Row("sglang", "gate beside up", "refused", tensors.without("gate_proj", "up_proj"),
+    Row("sglang", "gate beside up", "refused", tensors.without("gate_proj", "up_proj", True),
         "gate and up are one: an up_proj alone matches no target", "profile portable adds factors of zeros",
         f"{_LORA} normalize_gate_up_proj"),
+    Row("sglang", "q_a beside kv_a", "refused", tensors.without("q_a_proj", "kv_a_proj_with_mqa"),
+        "q_a and kv_a are one: a kv_a_proj_with_mqa alone matches no target", "profile portable adds factors of zeros",
+        f"{_LORA} normalize_fused_qkv_a_proj"),
+    Row("sglang", "kv_a beside q_a", "refused", tensors.without("kv_a_proj_with_mqa", "q_a_proj"),
+        "q_a and kv_a are one: zeros of q_a's shape take the place of kv_a, and do not fit",
+        "profile portable adds factors of zeros", f"{_LORA} normalize_fused_qkv_a_proj"),
+    Row("sglang", "target names", "refused", config.targets_outside(*_SGLANG_NAMES),
+        "a name in target_modules whose sizes it does not know stops the server; experts' w1 to w3 are gate_proj, "
+        "up_proj and down_proj there", _EXPORT.format("sglang"), "sglang lora/utils.py get_default_hidden_dim"),
     Row("sglang", "embeddings", "misread", tensors.embeddings_outside_the_targets,
         "embeddings and head are dropped unless target_modules names them", "name them in target_modules",
         f"{_LORA} _process_weight"),
@@ -261,6 +275,9 @@ TABLE: tuple[Row, ...] = (
         tensors.keys_unlike(r"model\.(layers\.\d+|embed_tokens)\.|lm_head\."),
         "modules have mlx-lm's own names, which are not known here beyond model.layers, embed_tokens and lm_head",
         "rename the keys as the model's `sanitize` does", "mlx_lm models, sanitize"),
+    Row("mlx", "parts", "refused", model.taken_apart("kv_b_proj", "deepseek_v3", "deepseek_v32"),
+        "kv_b_proj is taken apart, into embed_q and unembed_out", "leave it out, or merge the adapter",
+        "mlx_lm models/deepseek_v3.py sanitize"),
     Row("mlx", "factors", "misread", tensors.lone_factors, "a missing factor stays as it is initialised",
         "export it again", f"{_MLX} load_adapters"),
     Row("mlx", "key", "refused",

@@ -80,13 +80,12 @@ def with_layout(lora: Lora, target: Target) -> Lora:
 
 def _known(target: Target, out: int) -> Layout | None:
     child = target.path.rpartition(".")[2]
-    if target.parent is None:
+    # Somebody's own subclass may split otherwise.
+    theirs = [c for c in target.parent.mro if c.startswith("transformers.models.")] if target.parent else []
+    if target.parent is None or target.parent.mro[:1] != tuple(theirs[:1]):
         return None
-    for cls in target.parent.mro:
-        rule = FUSED.get((cls.removeprefix("transformers.models.").rpartition(".")[2], child))
-        if rule is not None and cls.startswith("transformers.models."):
-            return rule(target, out)
-    return None
+    rule = next((FUSED[pair] for c in theirs if (pair := (c.rpartition(".")[2], child)) in FUSED), None)
+    return None if rule is None else rule(target, out)
 
 
 Rule = Callable[[Target, int], "Layout | None"]
@@ -174,9 +173,11 @@ FUSED: dict[tuple[str, str], Rule] = {
     ("ModernBertAttention", "Wqkv"): _even(*QKV),
     ("MptAttention", "Wqkv"): _even(*QKV),
     ("BarkSelfAttention", "att_proj"): _even(*QKV),
-    **{(f"{x}VisionAttention", "qkv"): _even(*QKV) for x in ("", "Qwen2_5_VL", "Qwen3VL", "Qwen3VLMoe")},
-    ("BlipAttention", "qkv"): _even(*QKV),
-    ("Blip2Attention", "qkv"): _even(*QKV),
+    **{
+        (f"{x}VisionAttention", "qkv"): _even(*QKV)
+        for x in ("", "Qwen2_5_VL", "Qwen3VL", "Qwen3VLMoe", "Glm4v", "Glm4vMoe")
+    },
+    **{(f"{x}Attention", "qkv"): _even(*QKV) for x in ("Blip", "Blip2", "InstructBlip")},
     **{(f"{x}MLP", "gate_up_proj"): _even(*GATE_UP) for x in ("Phi3", "Phi4Multimodal", "Glm", "Glm4", "Dia")},
     ("ModernBertMLP", "Wi"): _even("gate", "up"),
 }

@@ -98,7 +98,7 @@ class LoraModule(InPlace):
             lora.scale,
             lora.dropout,
             lora.init,
-            lora.text(),
+            f"{parameter}: {lora.text()}" if parameter else lora.text(),
             lora.adapter,
             plain=not (lora.bias or lora.dora or lora.started or lora.parts),
             bias=lora.key("lora_B_bias") if lora.bias else "",

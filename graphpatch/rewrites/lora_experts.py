@@ -77,7 +77,7 @@ class LoraExperts(LoraStacks):
                 Diagnostic(
                     "GP523",
                     f"{below.__qualname__} has a forward of its own, so `lora` does not know what it does with experts",
-                    fixes=("lora on the experts of this model needs a rewrite: see graphpatch.accept",),
+                    fixes=("leave its experts out, or give it the forward of the class it derives from",),
                 )
             )
         return cls

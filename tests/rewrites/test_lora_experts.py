@@ -191,6 +191,7 @@ def test_nothing_changes_at_init_and_all_is_undone(kind):
     out, in_ = kind.delta(a, b).shape[1:][:: -1 if kind.transposed else 1]
     assert a.shape == (5, RANK, in_) and b.shape == (5, out, RANK)
     assert a.abs().max() <= in_**-0.5 and a.std() > 0.4 * in_**-0.5 and not b.any()
+    assert all(f"{stack}: lora(rank=3" in repr(model) for stack in kind.stacks)
     randomise(patch)
     changed = run(kind, model, x)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):

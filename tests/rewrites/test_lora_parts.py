@@ -264,6 +264,16 @@ def test_gate_and_up(family, part):
     torch.testing.assert_close(mlp(x), mlp.down_proj(up * nn.functional.silu(gate)))
 
 
+def test_a_subclass_of_ones_own_may_split_otherwise():
+    model = built("GPTNeoX")
+    attention = model.gpt_neox.layers[0].attention
+    attention.__class__ = type("Mine", (type(attention),), {"__module__": "mine"})
+    text = f'patch query_key_value with lora(rank=2, parts=["q"]){FREEZE}'
+    assert "query_key_value of Mine" in refused("GP459", model, text)
+    said = text.replace("]", '], layout=[["q", 4], ["k", 4], ["v", 4]], groups=4')
+    assert len(graphpatch.parse(said).plan(model).changes) == 1
+
+
 def test_the_plan_says_the_layout():
     plan = graphpatch.parse(f'patch query_key_value with lora(rank=2, parts=["q", "v"]){FREEZE}').plan(built("GPTNeoX"))
     assert 'layout=[["q", 4], ["k", 4], ["v", 4]], groups=4' in plan.steps[0].op.text()

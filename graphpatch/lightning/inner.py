@@ -11,11 +11,17 @@ from ..plan.ruleset import RuleSet
 
 
 def inner_model(module: nn.Module) -> nn.Module | None:
-    """The one child that holds all parameters of a LightningModule, None where there is no such."""
-    if not isinstance(module, pl.LightningModule) or module._parameters:
+    """Of a LightningModule the one child with a `config`, else the one child that holds all parameters, else None.
+
+    What stands beside it, a head or a loss, is not the base: rules that freeze the base leave it alone.
+    """
+    if not isinstance(module, pl.LightningModule):
         return None
     holding = [child for child in module.children() if next(child.parameters(), None) is not None]
-    return holding[0] if len(holding) == 1 else None
+    configured = [child for child in holding if getattr(child, "config", None) is not None]
+    if len(configured) == 1:
+        return configured[0]
+    return holding[0] if len(holding) == 1 and not module._parameters else None
 
 
 def plan_inside(rules: RuleSet, module: nn.Module, adapter: str | None, allow_import: tuple[str, ...]) -> Plan:

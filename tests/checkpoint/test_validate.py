@@ -363,6 +363,12 @@ def test_no_adapter_there(tmp_path, tree, folder):
     assert caught.value.code == "GP631"
 
 
+def test_an_adapter_with_a_name_is_found_in_its_folder(plain, tmp_path, tree):
+    shutil.copytree(plain, tmp_path / "math")
+    with pytest.raises(Error, match=r"there is one in .*math"):
+        validate(tmp_path, tree, "vllm")
+
+
 def test_a_config_of_wrong_types_is_findings_and_no_crash(copy, tree):
     wrong = [None, True, -1, 0, 1e300, "x", [], [1], {}, {"a": "b"}, [["q_proj"]], "(a+)+$", {"(a+)+$": 4, "[": 2}]
     names = json.loads((copy / "adapter_config.json").read_text())

@@ -219,8 +219,10 @@ def _no_adapter(folder: Path, files: frozenset[str]) -> Error:
             "load it where you trust it, and save it as safetensors",
         )
     why = f"it holds none of {', '.join(WEIGHTS.values())}"
-    fix = f"{CONFIG} alone is there: the weights were not copied" if CONFIG in files else ""
-    return _unreadable(f"there is no adapter in {folder}", why, fix)
+    fixes = [f"{CONFIG} alone is there: the weights were not copied"] if CONFIG in files else []
+    inner = sorted(name for name in files if any((folder / name / file).exists() for file in WEIGHTS.values()))
+    fixes += [f"there is one in {folder / name}" for name in inner[:3]]  # where PEFT puts those that have a name
+    return _unreadable(f"there is no adapter in {folder}", why, *fixes)
 
 
 def _header(path: Path) -> Header:

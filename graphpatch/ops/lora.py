@@ -292,9 +292,10 @@ def _refuse_tied(target: Target) -> None:
     others = next((target.tied[name] for name in names if name in target.tied), ())
     if others:
         shared = f"`{others[0]}`" + (f" and {len(others) - 1} more" if len(others) > 1 else "")
+        uses = " | ".join(f"^{path}" for path in (target.path, *(other.rpartition(".")[0] for other in others)))
         raise Refusal(
             f"its weight is tied: it is {shared} too, and an adapter here would change this use of it alone",
-            f"one adapter for all uses: patch ^{target.path} | ^{others[0].rpartition('.')[0]} with lora(tied=true)",
+            f"one adapter for all uses: patch {uses} with lora(tied=true)",
             f"or leave it out: except ^{target.path}",
             "or give it a weight of its own before patching: "
             "module.weight = nn.Parameter(module.weight.detach().clone()), and tie_word_embeddings=False in the config",

@@ -15,7 +15,8 @@ PARTS = ("q", "k", "v", "out")
 
 def is_separate(target: Target) -> bool:
     """Whether q, k and v have a weight each, as where keys or values have a width of their own."""
-    return "q_proj_weight" in target.signature.parameters
+    facts = target.signature.attributes
+    return facts.get("kdim") != facts.get("embed_dim") or facts.get("vdim") != facts.get("embed_dim")
 
 
 def chosen_weights(parts: tuple[str, ...] | None, separate: bool) -> Iterator[tuple[str, str, tuple[int, ...] | None]]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..ops.lora import Lora
 from ..ops.lora_attention import chosen_weights
@@ -85,11 +87,10 @@ class LoraAttention(LoraModule):
         for adapter in self._lora:
             for pair in adapter.pairs:
                 a, b = pair.factors(lambda name: cast(Tensor, getattr(self, name)))
-                weight = weights.get(pair.weight)
-                weight = self.get_parameter(pair.weight) if weight is None else weight
+                weight = weights[pair.weight] if pair.weight in weights else attrgetter(pair.weight)(self)
                 weights[pair.weight] = weight + (b @ a * adapter.scale).to(weight.dtype)
-        out = weights.pop("out_proj.weight", None)
         modules = dict(self._modules)
+        out = weights.pop("out_proj.weight", None)
         if out is not None:
             modules["out_proj"] = _twin(cast(nn.Module, modules["out_proj"]), weight=out)
         twin = _twin(self, **weights)
@@ -104,7 +105,13 @@ class LoraSeparateAttention(LoraAttention):
 
 
 def _twin(module: nn.Module, **weights: Tensor) -> nn.Module:
-    twin = object.__new__(type(module))
+    cls: type[nn.Module] = type(module)
+    if is_parametrized(module):
+        # Its class has properties of the weights' names, which would stand before them.
+        computed = list(module.parametrizations)  # type: ignore[arg-type]
+        weights = {name: getattr(module, name) for name in computed if name not in weights} | weights
+        cls = cls.__bases__[0]
+    twin = object.__new__(cls)
     twin.__dict__.update(module.__dict__)
     twin.__dict__["_parameters"] = {**module._parameters, **weights}
     return twin

@@ -9,7 +9,7 @@ from torch.nn.functional import conv1d, conv2d, conv3d, conv_transpose1d, conv_t
 
 from .lora_base import Adapter
 from .lora_options import LoraOfWeight
-from .merging import LowRank, Product
+from .merging import LowRank, Product, Unmergeable
 
 _CONVOLUTIONS: dict[int, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     3: (conv_transpose1d, conv1d),
@@ -39,6 +39,8 @@ class LoraTransposedConvolution(LoraOfWeight):
     def _gained(cls, a: Tensor, b: Tensor, scale: float, shape: tuple[int, ...]) -> LowRank:
         """Each channel of the input gains its own product, a matrix (out / groups, kernel) of the weight's."""
         kernel, rank = a.flatten(2), b.flatten(1)  # (in, rank / groups, kernel), (out, rank / groups)
+        if len(shape) < 2:
+            raise Unmergeable("its weight is no parameter, but computed by a parametrization")
         outs = shape[1]
         ins = len(a) * outs // len(b)
         products = []

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import graphpatch
 
@@ -291,3 +292,16 @@ def test_every_b_has_the_rate_of_b_and_none_is_left_out_of_a_combination():
     with pytest.raises(graphpatch.Error) as caught:
         graphpatch.combine(made, {"a": 1.0, "b": 1.0}, "c")
     assert caught.value.code == "GP527" and "several weights" in str(caught.value)
+
+
+def test_parametrised_weights_are_those_that_gain_something():
+    made, x = model("fused").double(), [t.double() for t in inputs("fused")]
+    weight_norm(made.attn, "in_proj_weight")
+    spectral_norm(made.attn.out_proj, "weight")
+    made.eval()
+    plain = model("fused").double().eval()
+    with torch.no_grad():
+        plain.attn.in_proj_weight.copy_(made.attn.in_proj_weight)
+        plain.attn.out_proj.weight.copy_(made.attn.out_proj.weight)
+    apply(made)
+    near(made(*x), functional_call(plain, weights(plain, made), tuple(x)))

@@ -179,9 +179,9 @@ def fit(
 ) -> WordOrder:
     """LoRA on the encoder and a new head, trained by Lightning: one callback more than without graphpatch."""
     pl.seed_everything(seed, verbose=False)
-    saver = ModelCheckpoint(
-        checkpoint and checkpoint.parent, checkpoint and checkpoint.stem, every_n_train_steps=max(stop, 0)
-    )
+    saves: list[pl.Callback] = []
+    if checkpoint is not None:
+        saves = [ModelCheckpoint(checkpoint.parent, checkpoint.stem, every_n_train_steps=stop)]
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=options.epochs,

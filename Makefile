@@ -61,6 +61,11 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/cold_start.py
 	$(BIN)/python benchmarks/plan_cli.py
 	$(BIN)/python benchmarks/plan_apply.py --peft
+	$(BIN)/python benchmarks/lora_step.py
+	$(BIN)/python benchmarks/moe_step.py
+	$(BIN)/python benchmarks/merge_memory.py
+	$(BIN)/python benchmarks/merge_disk.py
+	$(BIN)/python benchmarks/lightning_step.py
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py

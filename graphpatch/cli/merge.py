@@ -18,13 +18,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="a directory that save_adapter wrote, or an adapter of PEFT")
     parser.add_argument("out", metavar="OUT", help="where to write; nothing may be there yet")
+    parser.add_argument(
+        "--sync", action="store_true", help="wait until the disk has it all, for the case that the power fails"
+    )
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress, no closing line")
 
 
 def run(options: argparse.Namespace) -> int:
     start = time.monotonic()
     with _bar(f"merging {options.adapter}", quiet=options.quiet) as progress:
-        merge_checkpoint(options.base, options.adapter, options.out, progress=progress)
+        merge_checkpoint(options.base, options.adapter, options.out, sync=options.sync, progress=progress)
     if not options.quiet:
         note(f"written to {options.out} in {time.monotonic() - start:.1f} s")
     return 0

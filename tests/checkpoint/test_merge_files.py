@@ -366,7 +366,8 @@ def test_the_command(tmp_path, capsys):
     assert "written to" in capsys.readouterr().err and same(read(tmp_path / "out"), merged)
     assert main(["merge", *paths]) == 2
     assert "GP646" in capsys.readouterr().err
-    assert main(["merge", *paths[:2], str(tmp_path / "third"), "-q"]) == 0
+    assert main(["merge", *paths[:2], str(tmp_path / "third"), "-q", "--sync"]) == 0
+    assert same(read(tmp_path / "third"), merged)
     assert capsys.readouterr().err == ""
 
 

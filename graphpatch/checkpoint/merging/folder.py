@@ -13,11 +13,12 @@ from ..disk import sync
 
 
 @contextmanager
-def made_whole(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to make it in, under the name `out.name`; on leaving it is synced, and renamed to `out`.
+def made_whole(out: Path, synced: bool) -> Iterator[Path]:
+    """A path beside `out`, in a folder of its own, to make it at; on leaving, that is renamed to `out`.
 
     Whatever goes wrong inside leaves nothing; what a killed run left is cleared away by the next of the same name.
-    Raises `Error` (GP646) where `out` is there already, or the disk is full or refuses.
+    `synced` has everything on the disk first, which a loss of power would else be free to lose in any order. Raises
+    `Error` (GP646) where `out` is there already, or the disk is full or refuses.
     """
     if os.path.lexists(out):
         fix = "name one that does not exist, or remove it first: nothing is overwritten"
@@ -30,13 +31,13 @@ def made_whole(out: Path) -> Iterator[Path]:
             try:
                 _clear(workshop)
                 yield workshop / out.name
-                for path in (*workshop.rglob("*"), workshop):
-                    if not path.is_symlink():
-                        sync(path)
+                for path in (*workshop.rglob("*"), workshop) if synced else ():
+                    sync(path)
                 if os.path.lexists(out):
                     raise FileExistsError(None, "it has come into being meanwhile")
                 os.rename(workshop / out.name, out)
-                sync(out.parent)
+                if synced:
+                    sync(out.parent)
             finally:
                 shutil.rmtree(workshop, ignore_errors=True)
     except OSError as error:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ...lang.diagnostics import Diagnostic, Error
 from ...rewrites.merging import exact_arithmetic
@@ -16,7 +19,6 @@ from ..base_files import INDEX, BaseFiles
 from ..hf_model import meta_model, model_type
 from ..pair import JSON
 from ..peft.config import CONFIG
-from ..peft.load import planned
 from .folder import made_whole
 from .pieces import find_pieces
 from .updates import Updates, planned_updates, updates_of
@@ -28,7 +30,6 @@ _OTHER_WEIGHTS = (
 )  # fmt: skip
 """The base's weights in other forms: without the adapter, and so not to lie beside those that have it."""
 Progress = Callable[[int, int], Any]
-"""Gets the bytes that are written so far, and how many there will be."""
 
 
 def merge_checkpoint(
@@ -36,6 +37,7 @@ def merge_checkpoint(
     adapter: str | PathLike[str],
     out: str | PathLike[str],
     *,
+    sync: bool = False,
     progress: Progress | None = None,
 ) -> None:
     """Write to `out` the checkpoint in `base` with the adapter in `adapter` merged into its weights.
@@ -44,7 +46,9 @@ def merge_checkpoint(
     in other forms left out), or a single such file, which `out` is then too. `adapter` is what `save_adapter` wrote, or
     an adapter of PEFT. Each weight becomes W + s B A, worked out in float32 and rounded once, bit for bit what
     `patch.merge()` makes of it; weights that trained with the adapter take the place of the base's. No more than a
-    block of rows is held in memory beside the adapter. Nothing stands under the name `out` before all is written.
+    block of rows is held in memory beside the adapter. Nothing stands under the name `out` before all is written: a run
+    that fails or is killed leaves nothing there. `sync` waits until the disk has it, as after a loss of power only then
+    it surely does, and which takes longer than all the rest. `progress` gets the bytes written so far, and of how many.
 
     Raises `Error`, and leaves nothing behind: GP601 to GP603, GP613 where the adapter cannot be read (one of PEFT:
     GP621 to GP628), GP641 to GP643 where the base cannot, or is another than the adapter was made on, GP644 for ops
@@ -58,7 +62,7 @@ def merge_checkpoint(
         raise Error(Diagnostic("GP646", f"{files.folder} is a single file, and {target} no name of one", fixes=(fix,)))
     updates = _updates(adapter, files)
     pieces = find_pieces(updates, files)
-    with made_whole(target) as unseen, exact_arithmetic("cpu"):
+    with made_whole(target, sync) as unseen, exact_arithmetic("cpu"), _one_thread_each() as threads:
         others = [] if folder is None else list(_others(folder, {*files.files}, skip=(target, unseen)))
         total = sum(file.stat().st_size for file in (*files.files, *others))
         _refuse_full(unseen.parent, total)
@@ -70,7 +74,7 @@ def merge_checkpoint(
             if progress is not None:
                 progress(written, total)
 
-        writer = Writer(files, updates, pieces, done)
+        writer = Writer(files, updates, pieces, done, threads)
         if folder is None:
             writer.write(files.files[0], unseen)
             return
@@ -81,6 +85,18 @@ def merge_checkpoint(
             writer.copy(file, copy)
         for file in files.files:
             writer.write(file, unseen / file.name)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[int]:
+    """Within, each thread computes alone; gives how many there may be. What one reads and writes another computes, and
+    none waits for others at the end of every small product."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield max(1, min(threads, 8))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _updates(adapter: str | PathLike[str], files: BaseFiles) -> Updates:
@@ -99,6 +115,8 @@ def _updates_of_peft(folder: Path, files: BaseFiles) -> Updates:
         )
         fix = "load the model, then graphpatch.load_peft(model, DIR).bake(), and save it"
         raise Error(Diagnostic("GP645", title, fixes=(fix,)))
+    from ..peft.load import planned  # of what only these adapters need
+
     tree = Tree.of(meta_model(base, "which model an adapter of PEFT changes is said by its config.json"))
     plan, added, values = planned(folder, tree)
     updates = planned_updates(str(folder), plan, added)

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from math import prod
 from pathlib import Path
+from threading import RLock
 from typing import BinaryIO
 
 import torch
@@ -19,18 +22,24 @@ from ..base_files import BaseFiles, Slot, read_into
 from .pieces import Piece
 from .updates import Updates
 
-Done = Callable[[int], object]
-"""Gets the number of bytes that were written."""
 _CHUNK = 2**24
 
 
 class Writer:
-    """Writes the files of one base."""
+    """Writes the files of one base: several parts at a time, on as many threads as torch computes with."""
 
-    def __init__(self, base: BaseFiles, updates: Updates, pieces: Mapping[str, Sequence[Piece]], done: Done):
-        self.base, self.updates, self.pieces, self.done = base, updates, pieces, done
+    def __init__(
+        self,
+        base: BaseFiles,
+        updates: Updates,
+        pieces: Mapping[str, Sequence[Piece]],
+        done: Callable[[int], object],
+        threads: int,
+    ):
+        """`done` gets the number of bytes that were written, by one thread at a time."""
+        self.base, self.updates, self.pieces = base, updates, pieces
+        self._done, self._threads, self._lock = done, threads, RLock()
         self._looked: set[str] = set()
-        self._block = bytearray()
 
     def write(self, file: Path, out: Path) -> None:
         """Write the new form of one of the base's files. Raises `Error` (GP647) for a NaN or an infinity."""
@@ -39,46 +48,65 @@ class Writer:
             slot = self.base.slots[tensor]
             if slot.file == file:
                 regions += [(slot.offset + p.file_row * _width(slot, p), slot, p) for p in pieces if p.rows]
-        with open(file, "rb", buffering=0) as source, open(out, "xb", buffering=0) as target:
-            at = 0
-            for offset, slot, piece in sorted(regions, key=lambda region: region[0]):
-                self._copy(source, target, at, offset)
-                self._change(slot, piece, offset, target)
-                at = offset + piece.rows * _width(slot, piece)
-            self._copy(source, target, at, os.fstat(source.fileno()).st_size)
+        parts: list[Callable[[], None]] = []
+        at, size = 0, file.stat().st_size
+        for offset, slot, piece in sorted(regions, key=lambda region: region[0]):
+            parts += self._copies(file, out, at, offset)
+            parts.append(partial(self._change, slot, piece, offset, out))
+            at = offset + piece.rows * _width(slot, piece)
+        parts += self._copies(file, out, at, size)
+        self._make(out, size, parts)
 
     def copy(self, file: Path, out: Path) -> None:
         """Any other file, as it is."""
-        with open(file, "rb", buffering=0) as source, open(out, "xb", buffering=0) as target:
-            self._copy(source, target, 0, os.fstat(source.fileno()).st_size)
+        size = file.stat().st_size
+        self._make(out, size, self._copies(file, out, 0, size))
         with suppress(OSError):
             os.chmod(out, file.stat().st_mode & 0o777)
 
-    def _copy(self, source: BinaryIO, target: BinaryIO, start: int, stop: int) -> None:
-        """Copied inside the kernel where it can be."""
-        target.seek(start)
-        while start < stop:
-            size = min(stop - start, _CHUNK)
-            sent = _send(source, target, start, size)
-            if not sent:
-                raise OSError(None, f"{source.name} is shorter than it was")
-            start += sent
-            self.done(sent)
+    def _make(self, out: Path, size: int, parts: Sequence[Callable[[], None]]) -> None:
+        with open(out, "xb") as target:
+            target.truncate(size)
+        with ThreadPoolExecutor(self._threads) as pool:
+            futures = [pool.submit(part) for part in parts]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
-    def _change(self, slot: Slot, piece: Piece, offset: int, target: BinaryIO) -> None:
-        if piece.name in self.updates.mergings:
-            self._merge(slot, piece, target)
-        else:
-            value = self._value(piece, slot)[piece.row : piece.row + piece.rows]
-            self._put(value.contiguous(), offset, target)
+    def _copies(self, source: Path, target: Path, start: int, stop: int) -> list[Callable[[], None]]:
+        return [partial(self._copy, source, target, at, min(at + _CHUNK, stop)) for at in range(start, stop, _CHUNK)]
+
+    def _copy(self, source: Path, target: Path, start: int, stop: int) -> None:
+        """Copied inside the kernel where it can be."""
+        with open(source, "rb", buffering=0) as old, open(target, "r+b", buffering=0) as new:
+            new.seek(start)
+            while start < stop:
+                sent = _send(old, new, start, stop - start)
+                if not sent:
+                    raise OSError(None, f"{source} is shorter than it was")
+                start += sent
+                self._count(sent)
+
+    def _count(self, written: int) -> None:
+        with self._lock:
+            self._done(written)
+
+    def _change(self, slot: Slot, piece: Piece, offset: int, out: Path) -> None:
+        with open(out, "r+b", buffering=0) as target:
+            if piece.name in self.updates.mergings:
+                self._merge(slot, piece, target)
+            else:
+                value = self._value(piece, slot)[piece.row : piece.row + piece.rows]
+                self._put(value.contiguous(), offset, target)
 
     def _merge(self, slot: Slot, piece: Piece, target: BinaryIO) -> None:
         assert slot.dtype is not None
-        mergings, width = self.updates.mergings[piece.name], _width(slot, piece)
-        if any(m.looks for m in mergings) and piece.name not in self._looked:
+        mergings, width, dtype = self.updates.mergings[piece.name], _width(slot, piece), working_dtype(slot.dtype)
+        if any(m.looks for m in mergings):
             self._look(piece.name)
-        dtype = working_dtype(slot.dtype)
-        where = spans(mergings, piece.row, piece.row + piece.rows)
 
         def read(start: int, stop: int) -> Tensor:
             rows = workspace("rows", stop - start, piece.columns, dtype, torch.device("cpu"))
@@ -91,7 +119,7 @@ class Writer:
                 raise _infinite(piece.name, not_finite(self._rows(slot, piece, start, start + len(rows))))
             self._put(new, slot.offset + (piece.file_row + start - piece.row) * width, target)
 
-        merge_blocks(mergings, where, read, write)
+        merge_blocks(mergings, spans(mergings, piece.row, piece.row + piece.rows), read, write)
 
     def _rows(self, slot: Slot, piece: Piece, start: int, stop: int) -> Tensor:
         """Rows of a parameter within a piece, as the base has them."""
@@ -99,16 +127,10 @@ class Writer:
         if piece.name in self.updates.values:
             return self._value(piece, slot)[start:stop]
         width = _width(slot, piece)
-        size = (stop - start) * width
-        if len(self._block) < size:
-            self._block = bytearray(size)
+        read = workspace("read", stop - start, piece.columns, slot.dtype, torch.device("cpu"))
         with open(slot.file, "rb", buffering=0) as file:
-            read_into(file, memoryview(self._block)[:size], slot.offset + (piece.file_row + start - piece.row) * width)
-        if not size:
-            return torch.empty(stop - start, piece.columns, dtype=slot.dtype)
-        return torch.frombuffer(self._block, dtype=slot.dtype, count=size // slot.dtype.itemsize).view(
-            -1, piece.columns
-        )
+            read_into(file, _bytes(read), slot.offset + (piece.file_row + start - piece.row) * width)
+        return read
 
     def _value(self, piece: Piece, slot: Slot) -> Tensor:
         """A weight that trained with the adapter, as the file holds such."""
@@ -116,25 +138,32 @@ class Writer:
 
     def _look(self, name: str) -> None:
         """Show all rows of a parameter, wherever they are, to the updates that must see them first."""
-        self._looked.add(name)
-        parts = sorted((p.row, t, p) for t, found in self.pieces.items() for p in found if p.name == name)
-        for _, tensor, piece in parts:
-            slot = self.base.slots[tensor]
-            dtype = working_dtype(slot.dtype)  # type: ignore[arg-type]
-            where = spans(self.updates.mergings[name], piece.row, piece.row + piece.rows)
+        with self._lock:
+            if name in self._looked:
+                return
+            mergings = self.updates.mergings[name]
+            parts = sorted((p.row, t, p) for t, found in self.pieces.items() for p in found if p.name == name)
+            for _, tensor, piece in parts:
+                slot = self.base.slots[tensor]
+                dtype = working_dtype(slot.dtype)  # type: ignore[arg-type]
 
-            def read(start: int, stop: int, slot=slot, piece=piece, dtype=dtype) -> Tensor:  # type: ignore[no-untyped-def]
-                return self._rows(slot, piece, start, stop).to(dtype, copy=True)
+                def read(start: int, stop: int, slot=slot, piece=piece, dtype=dtype) -> Tensor:  # type: ignore[no-untyped-def]
+                    return self._rows(slot, piece, start, stop).to(dtype, copy=True)
 
-            look_at_all(self.updates.mergings[name], where, read)
+                look_at_all(mergings, spans(mergings, piece.row, piece.row + piece.rows), read)
+            self._looked.add(name)
 
     def _put(self, rows: Tensor, offset: int, target: BinaryIO) -> None:
-        data = rows.view(-1).view(torch.uint8).numpy().data
+        data = _bytes(rows)
         target.seek(offset)
         while len(data):
             written = target.write(data)
-            self.done(written)
+            self._count(written)
             data = data[written:]
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _width(slot: Slot, piece: Piece) -> int:

@@ -70,6 +70,13 @@ def deepseek_v3() -> nn.Module:
     return DeepseekV3ForCausalLM(DeepseekV3Config(**small, **sizes, **experts))
 
 
+def gpt_oss() -> nn.Module:
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    more = {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 2}
+    return GptOssForCausalLM(GptOssConfig(**SMALL, **more))
+
+
 def gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -20,7 +20,7 @@ from graphpatch.checkpoint.readers.table import READERS
 from graphpatch.checkpoint.readers.validate import validate_adapter as validate
 from tests.checkpoint import readers_common as common
 from tests.checkpoint.held_in import files_of
-from tests.checkpoint.test_portable import STACKS, ours, seeded
+from tests.checkpoint.test_portable import STACKS, logits, of_peft, ours, seeded
 
 ROUND = "patch layers[1].**.{q_proj,down_proj} with lora(rank=4, alpha=3)\npatch ^lm_head with lora(rank=2)"
 
@@ -178,6 +178,26 @@ def test_the_profile_of_peft_is_held_against_the_reader_too(tmp_path):
         export_adapter(folder, tmp_path / "no", "sglang", profile="peft")
     assert caught.value.code == "GP637" and "sglang#40835" in str(caught.value) and not (tmp_path / "no").exists()
     assert export_adapter(folder, tmp_path / "no", "sglang").clean
+
+
+def test_models_whose_experts_a_server_keeps_in_stacks_get_them_so(tmp_path):
+    model, _, folder = saved(tmp_path, "patch experts.{gate_up_proj,down_proj} with lora(rank=4, alpha=3)", "gpt_oss")
+    report = export_adapter(folder, tmp_path / "vllm", "vllm")
+    assert report.clean and {path.rpartition("mlp.")[2] for path in report.adapter.factors} == {
+        "experts",
+        "experts.base_layer",
+    }
+    torch.testing.assert_close(
+        logits(of_peft(tmp_path / "vllm", seeded("gpt_oss"))), logits(model), rtol=1e-4, atol=1e-5
+    )
+    for reader in ("sglang", "llamacpp", "mlx"):
+        with pytest.raises(Error) as caught:
+            export_adapter(folder, tmp_path / "no", reader)
+        assert caught.value.code == "GP635" and "hold experts in stacks" in str(caught.value)
+    _, _, folder = saved(tmp_path / "half", "patch experts.down_proj with lora(rank=4)", "gpt_oss")
+    with pytest.raises(Error) as caught:
+        export_adapter(folder, tmp_path / "no", "vllm")
+    assert caught.value.code == "GP637" and "a stack needs both pairs" in str(caught.value)
 
 
 def test_to_peft_writes_the_portable_profile(tmp_path):

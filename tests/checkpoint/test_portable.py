@@ -21,7 +21,8 @@ from tests.checkpoint.held_in import files_of, held_in
 
 IDS = torch.arange(10).view(2, 5)
 MODELS = {
-    name: getattr(common, name) for name in ("llama", "qwen2", "gemma2", "mixtral", "qwen3_moe", "gpt2", "deepseek_v3")
+    name: getattr(common, name)
+    for name in ("llama", "qwen2", "gemma2", "mixtral", "qwen3_moe", "gpt2", "deepseek_v3", "gpt_oss")
 }
 STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 LINEARS = {
@@ -64,7 +65,7 @@ def of_peft(folder: Path, base: nn.Module, strict: bool = True) -> nn.Module:
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "deepseek_v3"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("deepseek_v3", "gpt_oss")])
 def test_the_eight_steps_on_adapters_of_peft(name, options, tmp_path):
     base = seeded(name)
     stacks = STACKS if name in ("mixtral", "qwen3_moe") and options != "one layer" else None

@@ -169,14 +169,14 @@ class Preflight:
             )
 
     def _fast_paths(self, step: Step, mark: Mark) -> list[Change]:
-        """The encoder layers above the targets, which must be kept from computing past their children."""
-        if not any(_is_encoder_layer(s) for s in self.tree.signatures):
+        """The encoders and their layers above the targets, which must be kept from computing past their children."""
+        if not any(_is_of_encoder(s) for s in self.tree.signatures):
             return []
         layers: dict[int, nn.Module] = {}
         for node in step.nodes:
             above = node
             while above >= 0:
-                if _is_encoder_layer(self.tree.signature(above)):
+                if _is_of_encoder(self.tree.signature(above)):
                     layers[above] = self.modules[above]
                 above = self.tree.parents[above]
         return [FastPathChange(mark, list(layers), list(layers.values()))] if layers else []
@@ -281,8 +281,11 @@ def _registers_plainly(cls: Any) -> bool:
     )
 
 
-def _is_encoder_layer(signature: Signature) -> bool:
-    return "torch.nn.modules.transformer.TransformerEncoderLayer" in signature.mro
+def _is_of_encoder(signature: Signature) -> bool:
+    return not _ENCODERS.isdisjoint(signature.mro)
+
+
+_ENCODERS = frozenset(f"torch.nn.modules.transformer.TransformerEncoder{layer}" for layer in ("", "Layer"))
 
 
 def _error(code: str, title: str, step: Step, why: str = "", fix: str = "") -> ApplyError:

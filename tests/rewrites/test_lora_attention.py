@@ -213,7 +213,8 @@ def test_on_a_bf16_base(form):
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)
 
 
-@pytest.mark.parametrize(("grad", "padded"), [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
 def test_inside_the_encoder_with_its_fast_path(grad, padded):
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
@@ -232,6 +233,25 @@ def test_inside_the_encoder_with_its_fast_path(grad, padded):
     torch.testing.assert_close(y[keep], z[keep], rtol=1e-5, atol=1e-5)
     if not padded:
         assert patch.probe(x) == []
+
+
+@pytest.mark.parametrize("target", [":MultiheadAttention", "linear1", "linear2"])
+def test_a_padded_batch_in_eval_mode_has_gradients(target):
+    """The frozen encoder alone would make a nested tensor of it, which no module with an adapter takes."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    made = nn.TransformerEncoder(layer, 2).eval()
+    before = state(made)
+    patch = graphpatch.apply(made, graphpatch.parse(f"patch {target} with lora(rank=2){FREEZE}"))
+    randomise(patch)
+    x, mask = torch.randn(3, 5, 8), torch.arange(5).expand(3, 5) >= torch.tensor([[5], [3], [4]])
+    y = made(src=x, src_key_padding_mask=mask)
+    grads = torch.autograd.grad(y[~mask].pow(2).sum(), patch.trainable_parameters())
+    assert all(g.any() for g in grads) and not x.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(made(x, src_key_padding_mask=mask)[~mask], y[~mask])
+    patch.revert()
+    assert state(made) == before
 
 
 def test_compiled_whole():

@@ -129,7 +129,10 @@ def test_copies_and_pickles(kind, options):
         assert torch.equal(other(x), model_of(kind)(x))
 
 
-@every
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [row for row in ROWS if row[0] in ("Linear", "Conv1D") or (row[0] in ("Embedding", "Conv2d") and "dora" in row[1])],
+)
 def test_compiled_without_a_break(kind, options):
     model, x = model_of(kind), input_of(kind)
     apply(model, options)

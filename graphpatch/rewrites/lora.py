@@ -10,7 +10,7 @@ from torch.nn.functional import dropout, linear
 
 from ..ops.lora import Lora
 from ..ops.op import Op
-from .lora_base import Adapter
+from .lora_base import Adapter, dense
 from .lora_options import LoraOfWeight
 from .low_rank import LinearWithLowRank, add_low_rank, fusible, low_rank
 from .rewrite import InPlace
@@ -41,7 +41,7 @@ class LoraLinear(LoraOfWeight):
 
     @staticmethod
     def matrix(module: nn.Module) -> Tensor:
-        return module.weight  # type: ignore[return-value]
+        return dense(module.weight)  # type: ignore[arg-type]
 
     def _add_all(self, output: Tensor, input: Tensor) -> Tensor:
         base = output

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers.pytorch_utils import Conv1D
 
 import graphpatch
@@ -420,6 +421,32 @@ def test_on_a_bf16_base_the_small_differences_are_not_lost():
         step = torch.tensor(1e-3) * (x.float() @ model[0].lora_A.T).sum(-1, keepdim=True)
         added = model[0]._addend(model[0]._lora[0], x, base).float()
     near(added, step.expand_as(added), 1e-4)
+
+
+@pytest.mark.parametrize("options", ["dora=true", 'init="pissa"', 'init="olora", dora=true', "dora=true, dropout=0.4"])
+def test_beside_a_quantised_weight(options):
+    """As beside the dense weight that it stands for."""
+    torch.manual_seed(0)
+    quantised = nn.Sequential(nn.Linear(32, 16)).to(torch.bfloat16)
+    dense = copy.deepcopy(quantised)
+    quantize_(quantised, Int8WeightOnlyConfig())
+    dense[0].weight = nn.Parameter(quantised[0].weight.dequantize())
+    x = torch.randn(5, 32, dtype=torch.bfloat16)
+    before = quantised(x)
+    patches = [apply(model, options, moved=False) for model in (quantised, dense)]
+    assert torch.equal(quantised.eval()(x), before)
+    for patch in patches:
+        move(patch)
+    dense[0].load_state_dict({k: v for k, v in quantised[0].state_dict().items() if "lora" in k}, strict=False)
+    outputs, grads = [], []
+    for model, patch in zip((quantised, dense), patches):
+        model.train()
+        torch.manual_seed(3)
+        outputs.append(model(x).float())
+        grads.append(torch.autograd.grad(outputs[-1].pow(2).sum(), patch.trainable_parameters()))
+    near(*outputs, 0.03)
+    for a, b in zip(*grads, strict=True):
+        near(a, b, 0.03)
 
 
 # ── what is refused ──

@@ -135,6 +135,7 @@ class ModelTransform(pl.Callback):
     # ── when ──
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         checks.refuse_mixed(trainer, pl_module)
+        checks.refuse_strategy(trainer)
         checks.refuse_swallowed(pl_module)
         checks.refuse_other_callbacks(trainer, self, bool(_applied(pl_module)))
         beside = (

@@ -25,6 +25,16 @@ def refuse_mixed(trainer: Any, module: Any) -> None:
             )
 
 
+def refuse_strategy(trainer: Any) -> None:
+    """DeepSpeed keeps parameters in buffers of its own, and writes checkpoints past every hook."""
+    if any(cls.__name__ == "DeepSpeedStrategy" for cls in type(trainer.strategy).__mro__):
+        raise refusal(
+            "GP815",
+            "DeepSpeed saves and loads checkpoints past the module, so they would hold the base and lose the adapter",
+            "strategy=ModelParallelStrategy(data_parallel_size=...), which shards as ZeRO-3 does",
+        )
+
+
 def refuse_swallowed(module: pl.LightningModule) -> None:
     from .callback import ModelTransform
 

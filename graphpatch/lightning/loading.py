@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from os import PathLike
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar, cast
 
 import lightning.pytorch as pl
+import torch
 
 from ..patch.apply import apply_plan
 from ..plan.ruleset import RuleSet
@@ -14,6 +17,7 @@ from .base import Base, load_base
 from .contents import KEY, check_loadable, keep_what_changes
 from .inner import plan_inside
 from .problem import refusal
+from .sharded import read_sharded
 
 _Module = TypeVar("_Module", bound=pl.LightningModule)
 
@@ -23,8 +27,9 @@ def load_from_checkpoint(
 ) -> _Module:
     """`cls.load_from_checkpoint(path)` for a module that was transformed: the base first, then what trained on it.
 
-    `base` is where the base's weights are (see `ModelTransform`); None where the module loads them itself. All other
-    arguments are Lightning's, or `cls`'s own. Raises `ApplyError` as resuming does: GP830, GP832, GP821.
+    `path` is a file, or the folder of a sharded checkpoint. `base` is where the base's weights are (see
+    `ModelTransform`); None where the module loads them itself. All other arguments are Lightning's, or `cls`'s own.
+    Raises `ApplyError` as resuming does: GP830, GP832, GP821, and GP833 for a folder that is not whole.
     """
 
     def on_load(module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -43,6 +48,12 @@ def load_from_checkpoint(
                 apply_plan(plan, plan.tree.modules[0], initialise=False)
         check_loadable(module, checkpoint)
         cls.on_load_checkpoint(cast(_Module, module), checkpoint)
+
+    if Path(path).is_dir():
+        with TemporaryDirectory() as folder:
+            whole = Path(folder) / "whole.ckpt"
+            torch.save(read_sharded(Path(path)), whole)
+            return load_from_checkpoint(cls, whole, base=base, **arguments)
 
     # Lightning makes the module, and asks it before it loads: a subclass for this one moment answers.
     answering: Any = type(cls.__name__, (cls,), {"__module__": cls.__module__, "on_load_checkpoint": on_load})

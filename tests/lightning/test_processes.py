@@ -151,6 +151,12 @@ elif rank == 0:
 said(losses=first.losses + second.losses, kept=kept, factors=sorted("state_dict." + n for n in factors(second)))
 """
     told = run(tmp_path, script)
+    # Both load on a single process, into a module that nobody shards.
+    alone_again = """
+loaded = load_from_checkpoint(Plain, folder / "last.ckpt")
+said(trained=all(bool(p.count_nonzero()) for n, p in loaded.named_parameters() if "lora_B" in n), n=len(factors(loaded)))
+"""
+    assert run(tmp_path, alone_again) == {"trained": True, "n": 8}
     assert close(told["losses"], alone)
     assert told["kept"] == told["factors"] and len(told["kept"]) == 8
 

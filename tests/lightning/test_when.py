@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import graphpatch
-from graphpatch.lightning import LoRA, ModelTransform
+from graphpatch.lightning import LoRA, ModelTransform, checks
 
 from .common import Module, data, factors, trainer
 
@@ -150,3 +150,14 @@ def test_hyperparameters_that_swallow_the_transform(tmp_path):
     lora = LoRA(["linear_qkv"])
     with pytest.raises(graphpatch.Error, match=r'save_hyperparameters\(ignore=\["model_transform"\]\)'):
         trainer(tmp_path, lora).fit(Saves(lora), data())
+
+
+def test_deepspeed_is_refused_by_its_name():
+    class DeepSpeedStrategy:
+        pass
+
+    class Trainer:
+        strategy = DeepSpeedStrategy()
+
+    with pytest.raises(graphpatch.Error, match="GP815"):
+        checks.refuse_strategy(Trainer())

@@ -105,7 +105,7 @@ def _change_rows(tree: Tree, change: _Change, verbose: bool) -> Iterable[_Row]:
         paths = compress(tree, nodes, parameters)
     for at, path in enumerate(paths):
         gain = f"+{amount(change.gain)}" if change.gain else ""
-        right = f"{change.what:<27}{gain}" if at == 0 else ""
+        right = f"{change.what:<26} {gain}" if at == 0 else ""
         yield _Row(f"  {change.symbol} {path}", right, _PAINT[change.symbol])
 
 

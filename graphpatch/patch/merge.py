@@ -10,6 +10,7 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -22,6 +23,7 @@ from ..rewrites.merging import (
     look_at_all,
     merge_blocks,
     not_finite,
+    one_thread_each,
     spans,
     working_dtype,
     workspace,
@@ -37,26 +39,28 @@ def merge(root: nn.Module, journal: Journal, others: Sequence[Journal], keep: bo
     weights = weights_of(root, journal)
     if not weights:
         raise ApplyError(Diagnostic("GP531", "there is nothing to merge: this patch changes no weight"))
-    kept: list[Tensor] = []
-    done = 0
+    kept: dict[int, Tensor] = {}
+    begun: list[int] = []
+
+    def put(at: int) -> None:
+        if keep:
+            kept[at] = weights[at].tensor.to("cpu", copy=True)
+        begun.append(at)
+        _merge_into(weights[at])
+
     with _exactly(weights):
-        for weight in weights:
-            _refuse_infinite(weight)
+        _each(weights, lambda at: _refuse_infinite(weights[at]))
         with _uninterrupted():
             try:
-                for weight in weights:
-                    if keep:
-                        kept.append(weight.tensor.to("cpu", copy=True))
-                    done += 1
-                    _merge_into(weight)
+                _each(weights, put)
             except BaseException as error:
-                for weight, tensor in zip(weights[:done], kept):
-                    _write(weight.tensor, tensor)
-                raise _half_way(error, weights[: 0 if keep else done]) from error
+                for at in kept:
+                    _write(weights[at].tensor, kept[at])
+                raise _half_way(error, 0 if keep else len(begun)) from error
     number = 1 + max((other.merged.number for other in others if other.merged), default=0)
     sums = [_sum(weight.tensor) for weight in weights] if keep else []
     places, paths = [weight.place for weight in weights], [weight.path for weight in weights]
-    journal.merged = Merged(number, places, paths, kept if keep else None, sums)
+    journal.merged = Merged(number, places, paths, [kept[at] for at in range(len(weights))] if keep else None, sums)
     _show(journal, merged=True)
 
 
@@ -210,11 +214,11 @@ def _refuse_infinite(weight: Weight) -> None:
         )
 
 
-def _half_way(error: BaseException, left: Sequence[Weight]) -> BaseException:
+def _half_way(error: BaseException, left: int) -> BaseException:
     if not isinstance(error, Exception):
         return error
     why = " ".join(str(error).split())[:300] or type(error).__name__
-    state = f"{len(left)} weights were merged before: load the base again" if left else "the weights are as they were"
+    state = f"{left} weights were merged before: load the base again" if left else "the weights are as they were"
     return ApplyError(Diagnostic("GP533", f"merging failed half-way, and {state}", text=(why,)))
 
 
@@ -230,6 +234,22 @@ def _show(journal: Journal, merged: bool) -> None:
         if isinstance(change, InPlaceChange):
             change.merged = merged
             change.show()
+
+
+def _each(weights: Sequence[Weight], do: Callable[[int], None]) -> None:
+    """Call it with the number of each weight, on several threads where they are in this machine's own memory."""
+    if any(weight.tensor.device.type != "cpu" for weight in weights):
+        for at in range(len(weights)):
+            do(at)
+        return
+    with one_thread_each() as threads, ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(do, at) for at in range(len(weights))]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _merge_into(weight: Weight) -> None:

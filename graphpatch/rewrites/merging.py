@@ -212,6 +212,18 @@ def exact_arithmetic(*devices: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def one_thread_each() -> Iterator[int]:
+    """Within, each thread computes alone; gives how many there may be. Blocks are small, so that threads which share
+    the work on one would wait for each other more than they gain, and far more where others use the machine too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield max(1, min(threads, 8))
+    finally:
+        torch.set_num_threads(threads)
+
+
 class _Kept(threading.local):
     def __init__(self) -> None:
         self.by_kind: dict[tuple, Tensor] = {}

@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...lang.diagnostics import Diagnostic, Error
-from ...rewrites.merging import exact_arithmetic
+from ...rewrites.merging import exact_arithmetic, one_thread_each
 from ...tree.tree import Tree
 from ..base_files import INDEX, BaseFiles
 from ..hf_model import meta_model, model_type
@@ -62,7 +59,7 @@ def merge_checkpoint(
         raise Error(Diagnostic("GP646", f"{files.folder} is a single file, and {target} no name of one", fixes=(fix,)))
     updates = _updates(adapter, files)
     pieces = find_pieces(updates, files)
-    with made_whole(target, sync) as unseen, exact_arithmetic("cpu"), _one_thread_each() as threads:
+    with made_whole(target, sync) as unseen, exact_arithmetic("cpu"), one_thread_each() as threads:
         others = [] if folder is None else list(_others(folder, {*files.files}, skip=(target, unseen)))
         total = sum(file.stat().st_size for file in (*files.files, *others))
         _refuse_full(unseen.parent, total)
@@ -85,18 +82,6 @@ def merge_checkpoint(
             writer.copy(file, copy)
         for file in files.files:
             writer.write(file, unseen / file.name)
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[int]:
-    """Within, each thread computes alone; gives how many there may be. What one reads and writes another computes, and
-    none waits for others at the end of every small product."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield max(1, min(threads, 8))
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _updates(adapter: str | PathLike[str], files: BaseFiles) -> Updates:

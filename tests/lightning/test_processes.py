@@ -171,3 +171,53 @@ except graphpatch.Error as error:
 """
     told = run(tmp_path, script)
     assert told["code"] == "GP810" and "before fully_shard" in told["text"]
+
+
+TENSOR = """
+class Parallel(Plain):
+    def __init__(self, early=True, **k):
+        super().__init__(built="configure_model", **k)
+        self.early = early
+    def configure_model(self):
+        if self.net is not None: return
+        self.build()
+        if self.early: self.model_transform(self.net)
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+        for layer in self.net.layers:
+            plan = {"linear_qkv": ColwiseParallel(), "linear_proj": RowwiseParallel()}
+            parallelize_module(layer, self.device_mesh["tensor_parallel"], plan)
+        if self.device_mesh["data_parallel"].size() > 1:
+            from torch.distributed.fsdp import fully_shard
+            for layer in self.net.layers: fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+def strategy(sharded): return ModelParallelStrategy(data_parallel_size="auto", tensor_parallel_size=2, save_distributed_checkpoint=sharded)
+def made():
+    t = lora(); return t, Parallel(model_transform=t)
+options = dict(devices=2, use_distributed_sampler=False)
+"""
+
+
+def test_tensor_parallel_trains_as_one_process_and_resumes(tmp_path, alone):
+    script = f"""
+{TENSOR.strip()}
+losses, keys = dict(), dict()
+for sharded in (False, True):
+    seeded(); t, first = made()
+    saver = ModelCheckpoint(folder / str(sharded), save_last=True)
+    trainer(folder, t, saver, strategy=strategy(sharded), max_epochs=2, enable_checkpointing=True, **options).fit(first, loader(8))
+    t, second = made()
+    path = folder / str(sharded) / "last.ckpt"
+    trainer(folder, t, strategy=strategy(sharded), max_epochs=3, **options).fit(second, loader(8), ckpt_path=path)
+    losses[sharded] = first.losses + second.losses
+    loaded = load_from_checkpoint(Plain, path)
+    assert all(p.count_nonzero() for n, p in loaded.named_parameters() if "lora_B" in n)
+keys = sorted(torch.load(folder / "False" / "last.ckpt", weights_only=True)["state_dict"])
+try:
+    trainer(folder, lora(), strategy=strategy(False), max_epochs=1, **options).fit(Parallel(early=False), loader(8))
+except graphpatch.Error as error:
+    late = error.code
+said(losses=losses, keys=keys, factors=sorted(factors(loaded)), late=late)
+"""
+    told = run(tmp_path, script)
+    assert close(told["losses"]["false"], alone) and told["losses"]["true"] == told["losses"]["false"]
+    assert told["keys"] == told["factors"] and len(told["keys"]) == 8 and told["late"] == "GP810"

@@ -25,6 +25,8 @@ KEY = "graphpatch"
 """Of what is ours in a checkpoint."""
 FORMAT = 1
 _KEPT = "_graphpatch_kept"
+_BESIDE_AVERAGE = "current_model_state"
+"""Where `WeightAveraging` puts the weights that train, when `state_dict` is their average."""
 _Hook = Callable[[dict[str, Any]], None]
 
 
@@ -90,8 +92,9 @@ def _on_save(module: pl.LightningModule, original: _Hook, checkpoint: dict[str, 
     """The module's own hook, then ours: the last that is called, and for weights-only checkpoints too."""
     original(checkpoint)
     names = names_to_save(module)
-    if "state_dict" in checkpoint:
-        checkpoint["state_dict"] = {n: t for n, t in checkpoint["state_dict"].items() if n in names}
+    for key in ("state_dict", _BESIDE_AVERAGE):
+        if key in checkpoint:
+            checkpoint[key] = {n: t for n, t in checkpoint[key].items() if n in names}
     checkpoint[KEY] = {
         "format": FORMAT,
         "patches": [json.loads(json.dumps(dict(patch.record))) for patch in patches(module)],

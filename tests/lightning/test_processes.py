@@ -190,7 +190,7 @@ class Parallel(Plain):
             from torch.distributed.fsdp import fully_shard
             for layer in self.net.layers: fully_shard(layer, mesh=self.device_mesh["data_parallel"])
             fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
-def strategy(sharded): return ModelParallelStrategy(data_parallel_size="auto", tensor_parallel_size=2, save_distributed_checkpoint=sharded)
+def strategy(sharded): return ModelParallelStrategy(data_parallel_size=options["devices"] // 2, tensor_parallel_size=2, save_distributed_checkpoint=sharded)
 def made():
     t = lora(); return t, Parallel(model_transform=t)
 options = dict(devices=2, use_distributed_sampler=False)

@@ -109,9 +109,21 @@ def test_averaged_weights_are_the_adapter_s(tmp_path):
 
     with pytest.raises(graphpatch.Error, match="GP809"):
         trainer(tmp_path, Average(), lora()).fit(Module(), data())
-    module = Module()
-    trainer(tmp_path, lora(), Average()).fit(module, data())
-    assert factors(module) and all(torch.isfinite(p).all() for p in module.parameters())
+    def fitted(epochs: int, path: Any = None, **options: Any) -> Module:
+        torch.manual_seed(5)
+        module, saver = Module(), ModelCheckpoint(tmp_path / str(epochs), save_last=True)
+        callbacks = [lora(), Average(use_buffers=False), saver]
+        trainer(tmp_path, *callbacks, max_epochs=epochs, enable_checkpointing=True).fit(module, data(), ckpt_path=path)
+        return module
+
+    whole, part = fitted(4), fitted(2)
+    held = torch.load(tmp_path / "2" / "last.ckpt", weights_only=True)
+    statistics = {"net.norm.running_mean", "net.norm.running_var", "net.norm.num_batches_tracked"}
+    assert set(held["state_dict"]) == set(held["current_model_state"]) == {*factors(part), *statistics}
+    assert any(not torch.equal(t, held["current_model_state"][n]) for n, t in held["state_dict"].items())
+    resumed = fitted(4, tmp_path / "2" / "last.ckpt")
+    assert part.losses + resumed.losses == whole.losses
+    assert all(torch.equal(a, b) for a, b in zip(resumed.state_dict().values(), whole.state_dict().values()))
 
 
 def test_other_callbacks_go_along(tmp_path):

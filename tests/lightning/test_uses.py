@@ -109,6 +109,7 @@ def test_averaged_weights_are_the_adapter_s(tmp_path):
 
     with pytest.raises(graphpatch.Error, match="GP809"):
         trainer(tmp_path, Average(), lora()).fit(Module(), data())
+
     def fitted(epochs: int, path: Any = None, **options: Any) -> Module:
         torch.manual_seed(5)
         module, saver = Module(), ModelCheckpoint(tmp_path / str(epochs), save_last=True)

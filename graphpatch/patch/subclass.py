@@ -46,7 +46,8 @@ def _make(base: type, mixins: Mixins) -> type:
         "_graphpatch_mixins": mixins,
     }
     made: Any = types.new_class(base.__name__, (*reversed(chosen), base), {}, lambda ns: ns.update(namespace))
-    if hasattr(base, "kernel_layer_name") and made.forward is not base.forward:  # type: ignore[attr-defined]
+    # Also where the base has none yet: generated classes are kept, and the base may be given one.
+    if made.forward is not getattr(base, "forward", None):
         made.kernel_layer_name = _Absent()
     return made  # type: ignore[no-any-return]
 

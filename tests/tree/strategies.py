@@ -62,6 +62,7 @@ TENSORS = st.builds(
     st.lists(st.integers(0, 9), max_size=2).map(tuple),
     st.sampled_from(["float32", "bfloat16"]),
     st.booleans(),
+    st.just(False),  # no tensor of a tree is one that an op adds
 )
 VALUES = st.one_of(
     st.none(),

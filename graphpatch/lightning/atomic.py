@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from shutil import rmtree
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-_STRAY = ".tmp-"
+STRAY = ".tmp-"
+"""Before the number of the process, in the name of what is half-written."""
 
 
 class AtomicIO(TorchCheckpointIO):
@@ -35,7 +36,7 @@ class AtomicIO(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent)
-        beside = path.with_name(f"{path.name}{_STRAY}{os.getpid()}")
+        beside = path.with_name(f"{path.name}{STRAY}{os.getpid()}")
         try:
             with beside.open("wb") as file:
                 torch.save(checkpoint, file)
@@ -50,8 +51,11 @@ class AtomicIO(TorchCheckpointIO):
             companion(path)
 
     def remove_checkpoint(self, path: Any) -> None:
-        super().remove_checkpoint(path)
-        if self.companions and "://" not in str(path):
+        if "://" in str(path):
+            super().remove_checkpoint(path)
+            return
+        remove(Path(path))
+        if self.companions:
             rmtree(companion_of(Path(path)), ignore_errors=True)
 
 
@@ -70,12 +74,27 @@ def sync_folder(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what processes that are gone have left half-written."""
-    for stray in folder.glob(f"*{_STRAY}*"):
-        number = stray.name.rpartition(_STRAY)[2]
-        if number.isdecimal() and not _alive(int(number)):
-            with suppress(OSError):
-                stray.unlink()
+    """Remove what processes that are gone have left half-written.
+
+    A whole folder without which there would be none takes its place: its process was killed between two renames.
+    """
+    strays = [(stray, stray.name.rpartition(STRAY)[2]) for stray in folder.glob(f"*{STRAY}*")]
+    gone = [stray for stray, number in strays if number.isdecimal() and not _alive(int(number))]
+    for stray in sorted(gone, key=lambda path: ".old" in path.suffixes):
+        place = stray.with_name(stray.name.rpartition(STRAY)[0].removesuffix(".old"))
+        with suppress(OSError):
+            if stray.is_dir() and _whole(stray) and not place.exists():
+                os.replace(stray, place)
+            remove(stray)
+
+
+def remove(path: Path) -> None:
+    """A folder loses first what says that it is whole."""
+    if path.is_dir() and not path.is_symlink():
+        (path / ".metadata").unlink(missing_ok=True)
+        rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _alive(process: int) -> bool:
@@ -100,19 +119,19 @@ def last_whole(folder: str | os.PathLike[str]) -> Path | None:
 
 def _is_checkpoint(path: Path) -> bool:
     if path.is_dir():
-        return any(_parts(path))
-    return path.suffix in (".ckpt", ".pt", ".pth") and _STRAY not in path.name and not any(_parts(path.parent))
+        return is_sharded(path)
+    return path.suffix in (".ckpt", ".pt", ".pth") and STRAY not in path.name and not is_sharded(path.parent)
 
 
-def _parts(folder: Path) -> Iterator[Path]:
-    return folder.glob("*.distcp")
+def is_sharded(folder: Path) -> bool:
+    return any(folder.glob("*.distcp"))
 
 
 def _whole(path: Path) -> bool:
-    if path.is_dir():
-        return (path / ".metadata").is_file() and (path / "meta.pt").is_file()
     try:
-        with zipfile.ZipFile(path) as archive:
+        if path.is_dir() and not (path / ".metadata").is_file():
+            return False
+        with zipfile.ZipFile(path / "meta.pt" if path.is_dir() else path) as archive:
             return archive.testzip() is None
     except (OSError, zipfile.BadZipFile):
         return False

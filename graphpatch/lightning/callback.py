@@ -23,6 +23,7 @@ from ..plan.ruleset import RuleSet, load
 from . import checks
 from .adapters import write_adapters
 from .atomic import AtomicIO
+from .atomic_folder import write_whole_folders
 from .base import Base, load_base
 from .contents import Window, keep_what_changes
 from .handover import Handover
@@ -138,6 +139,8 @@ class ModelTransform(pl.Callback):
         checks.refuse_strategy(trainer)
         checks.refuse_swallowed(pl_module)
         checks.refuse_other_callbacks(trainer, self, bool(_applied(pl_module)))
+        if self.adapter_directory:
+            checks.refuse_directories(trainer)
         beside = (
             [partial(write_adapters, pl_module, self.adapter_directory == "peft")] if self.adapter_directory else []
         )
@@ -151,6 +154,7 @@ class ModelTransform(pl.Callback):
             pl_module.configure_model = partial(_configure, transform, pl_module, slot)  # type: ignore[method-assign]
         if trainer.strategy.restore_checkpoint_after_setup:
             self._window = Window(pl_module)
+            write_whole_folders(trainer.strategy)
 
     def _agreed(self, module: pl.LightningModule) -> ModelTransform:
         """The transform that is meant: this one, or the module's attribute `model_transform`."""

@@ -13,8 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed import checkpoint as dcp
 
+import graphpatch
 from graphpatch.lightning import AtomicIO, last_whole
+from graphpatch.lightning.atomic_folder import write_whole_folders
+from graphpatch.lightning.sharded import read_sharded
 
 from .common import Module, data, trainer
 from .test_checkpoints import lora
@@ -45,6 +49,72 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]  # what the killed ones left is gone
 
 
+class Strategy:
+    """Writes folders as Lightning's do, on one rank."""
+
+    is_global_zero = True
+
+    def barrier(self):
+        pass
+
+    def broadcast(self, it):
+        return it
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        path.mkdir(parents=True, exist_ok=True)
+        dcp.save({"state_dict": {"big": checkpoint["big"]}}, checkpoint_id=path, no_dist=True)
+        torch.save({"number": checkpoint["number"]}, path / "meta.pt")
+
+
+def written(path: Path, times: int, told: Any) -> None:
+    strategy = Strategy()
+    write_whole_folders(strategy)
+    write_whole_folders(strategy)  # a trainer that is used twice
+    for number in range(times):
+        strategy.save_checkpoint({"number": number, "big": torch.arange(300_000) + number}, path)
+        told.put(number)
+
+
+def test_a_folder_written_over_and_over_and_killed_at_any_moment_is_whole(tmp_path):
+    path, fork = tmp_path / "last.ckpt", multiprocessing.get_context("fork")
+    for wait in (0.0, 0.002, 0.004, 0.006, 0.008, 0.01):
+        told: Any = fork.SimpleQueue()
+        writer = fork.Process(target=written, args=(path, 10_000, told))
+        writer.start()
+        while told.get() < 3:
+            pass
+        time.sleep(wait)
+        writer.kill()
+        writer.join()
+        whole = last_whole(tmp_path)
+        assert whole is not None
+        held = read_sharded(whole)
+        assert held["number"] >= 3
+        assert torch.equal(held["state_dict"]["big"], torch.arange(300_000) + held["number"])
+    written(path, 1, multiprocessing.SimpleQueue())
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"] and read_sharded(path)["number"] == 0
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(graphpatch.Error, match="GP817"):
+        written(tmp_path / "mine", 1, None)
+    assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"
+
+
+def test_killed_between_the_two_renames_the_newer_folder_takes_its_place(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for number, name in enumerate((f"last.ckpt.old.tmp-{gone.pid}", f"last.ckpt.tmp-{gone.pid}")):
+        (tmp_path / name).mkdir()
+        dcp.save({"state_dict": {"big": torch.ones(2)}}, checkpoint_id=tmp_path / name, no_dist=True)
+        torch.save({"number": number}, tmp_path / name / "meta.pt")
+    assert last_whole(tmp_path) == tmp_path / f"last.ckpt.tmp-{gone.pid}"
+    AtomicIO().save_checkpoint({}, tmp_path / "other.ckpt")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt", "other.ckpt"]
+    assert read_sharded(tmp_path / "last.ckpt")["number"] == 1
+    AtomicIO().remove_checkpoint(tmp_path / "last.ckpt")
+    assert [p.name for p in tmp_path.iterdir()] == ["other.ckpt"]
+
+
 def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "a.ckpt"
     AtomicIO().save_checkpoint({"number": 1}, path)
@@ -64,7 +134,9 @@ def test_last_whole_passes_over_what_is_torn(tmp_path):
     (tmp_path / "sharded" / "__0_0.distcp").write_bytes(b"")
     assert last_whole(tmp_path) == tmp_path / "1.ckpt"
     (tmp_path / "sharded" / ".metadata").write_bytes(b"")
-    (tmp_path / "sharded" / "meta.pt").write_bytes(b"")
+    (tmp_path / "sharded" / "meta.pt").write_bytes(b"PK")
+    assert last_whole(tmp_path) == tmp_path / "1.ckpt"
+    torch.save({}, tmp_path / "sharded" / "meta.pt")
     assert last_whole(tmp_path) == tmp_path / "sharded"
 
 

@@ -148,7 +148,8 @@ if {sharded} and rank == 0:
     kept = sorted(k for k in FileSystemReader(folder / "last.ckpt").read_metadata().state_dict_metadata if k.startswith("state_dict."))
 elif rank == 0:
     kept = sorted("state_dict." + k for k in torch.load(folder / "last.ckpt", weights_only=True)["state_dict"])
-said(losses=first.losses + second.losses, kept=kept, factors=sorted("state_dict." + n for n in factors(second)))
+here = sorted(p.name for p in folder.iterdir() if "last" in p.name)
+said(losses=first.losses + second.losses, kept=kept, here=here, factors=sorted("state_dict." + n for n in factors(second)))
 """
     told = run(tmp_path, script)
     # Both load on a single process, into a module that nobody shards.
@@ -157,7 +158,7 @@ loaded = load_from_checkpoint(Plain, folder / "last.ckpt")
 said(trained=all(bool(p.count_nonzero()) for n, p in loaded.named_parameters() if "lora_B" in n), n=len(factors(loaded)))
 """
     assert run(tmp_path, alone_again) == {"trained": True, "n": 8}
-    assert close(told["losses"], alone)
+    assert close(told["losses"], alone) and told["here"] == ["last.ckpt"]
     assert told["kept"] == told["factors"] and len(told["kept"]) == 8
 
 
@@ -167,10 +168,15 @@ def test_a_model_that_was_sharded_before_is_refused(tmp_path):
 try:
     trainer(folder, lora(), strategy=strategy(False), devices=2, max_epochs=1).fit(Sharded(early=False), halves())
 except graphpatch.Error as error:
-    said(code=error.code, text=str(error))
+    text = str(error)
+beside = ModelTransform(graphpatch.parse(RULES), adapter_directory=True)
+try:
+    trainer(folder, beside, strategy=strategy(True), devices=2, max_epochs=1).fit(Sharded(model_transform=beside), halves())
+except graphpatch.Error as error:
+    said(text=text, code=error.code)
 """
     told = run(tmp_path, script)
-    assert told["code"] == "GP810" and "before fully_shard" in told["text"]
+    assert "GP810" in told["text"] and "before fully_shard" in told["text"] and told["code"] == "GP816"
 
 
 TENSOR = """

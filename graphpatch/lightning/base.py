@@ -47,8 +47,10 @@ def load_base(module: nn.Module, source: Base) -> None:
             "give the checkpoint of the model that is built",
             text=tuple(_lines(missing, unexpected, wrong, named, expected)),
         )
-    meta = any(t.is_meta for t in expected.values())
-    module.load_state_dict(named, strict=False, assign=meta)
+    if any(t.is_meta for t in expected.values()):
+        _assign(module, named, expected)
+    else:
+        module.load_state_dict(named, strict=False)
     left = next((n for n, t in (*module.named_parameters(), *module.named_buffers()) if t.is_meta), None)
     if left is not None:
         raise refusal(
@@ -56,6 +58,21 @@ def load_base(module: nn.Module, source: Base) -> None:
             f"`{left}` is on the meta device, and {fspath(source)} has no values for it",
             "build the model off the meta device, or fill it in configure_model",
         )
+
+
+def _assign(module: nn.Module, named: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Onto the meta device, where nothing can be copied to: the file's tensors stand in the place of the module's, in
+    its types, and what was one tensor is one again."""
+    module.load_state_dict({n: t.to(expected[n].dtype) for n, t in named.items()}, strict=False, assign=True)
+    loaded = {id(expected[name]): module.get_parameter(name) for name in named if _is_parameter(expected[name])}
+    for name, tensor in expected.items():
+        if id(tensor) in loaded:
+            path, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(path), leaf, loaded[id(tensor)])
+
+
+def _is_parameter(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter)
 
 
 def read_weights(source: str | PathLike[str]) -> dict[str, torch.Tensor]:

@@ -226,9 +226,22 @@ class ModelTransform(pl.Callback):
 def _configure(transform: ModelTransform, module: pl.LightningModule, original: Callable[[], None]) -> None:
     """`configure_model`: the module's own, then the transform."""
     original()
-    checks.refuse_sharded(module, bool(_applied(module)))
-    with keep_what_changes(module):
-        transform(module)
+    try:
+        checks.refuse_sharded(module, bool(_applied(module)))
+        with keep_what_changes(module):
+            transform(module)
+        checks.refuse_meta(module)
+    except Exception:
+        # Lightning's clean-up moves the module to the CPU, and its error over the meta device would hide ours.
+        if any(p.is_meta for p in (*module.parameters(), *module.buffers())):
+            module.cpu = partial(_stay, module)  # type: ignore[method-assign, assignment]
+        raise
+
+
+def _stay(module: pl.LightningModule) -> pl.LightningModule:
+    """`cpu`, once."""
+    del module.__dict__["cpu"]
+    return module
 
 
 def _ours(slot: Any) -> list[partial[None]]:

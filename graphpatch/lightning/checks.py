@@ -106,6 +106,18 @@ def refuse_sharded(module: nn.Module, transformed: bool) -> None:
         )
 
 
+def refuse_meta(module: nn.Module) -> None:
+    """Whoever fills the meta device later fills only what he knows, and leaves factors as the memory was."""
+    name = next((n for n, t in (*module.named_parameters(), *module.named_buffers()) if t.is_meta), None)
+    if name is not None:
+        raise refusal(
+            "GP818",
+            f"`{name}` is on the meta device still, and what is added to it has no values either",
+            "base_checkpoint=..., which fills the model before it is transformed",
+            "or fill it in configure_model",
+        )
+
+
 def refuse_uncovered(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """An optimizer that was made before the transform knows nothing of what it brought."""
     if not trainer.optimizers:

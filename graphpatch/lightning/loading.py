@@ -14,6 +14,7 @@ import torch
 from ..patch.apply import apply_plan
 from ..plan.ruleset import RuleSet
 from .base import Base, load_base
+from .checks import refuse_meta
 from .contents import KEY, check_loadable, keep_what_changes
 from .inner import plan_inside
 from .problem import refusal
@@ -40,6 +41,7 @@ def load_from_checkpoint(
             )
         if base is not None:
             load_base(module, base)
+        refuse_meta(module)
         with keep_what_changes(module):
             for record in ours["patches"]:
                 rules = RuleSet.from_json(json.dumps(record["rules"]))

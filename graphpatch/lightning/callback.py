@@ -30,6 +30,7 @@ from .handover import Handover
 from .inner import plan_inside
 from .problem import refusal
 from .random_state import Randomness
+from .sharded import check_before_loading
 
 Rules = str | PathLike[str] | RuleSet | Callable[[nn.Module], Any]
 
@@ -155,6 +156,7 @@ class ModelTransform(pl.Callback):
         if trainer.strategy.restore_checkpoint_after_setup:
             self._window = Window(pl_module)
             write_whole_folders(trainer.strategy)
+            check_before_loading(trainer.strategy)
 
     def _agreed(self, module: pl.LightningModule) -> ModelTransform:
         """The transform that is meant: this one, or the module's attribute `model_transform`."""

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed import checkpoint as dcp
 
+from .contents import check_loadable
 from .problem import refusal
 
 _WEIGHTS = "state_dict."
+
+
+def check_before_loading(strategy: Any) -> None:
+    """Strategies that load a checkpoint themselves ask nobody before: other rules would be shapes that do not fit."""
+    slot = strategy.load_checkpoint
+    if not (isinstance(slot, partial) and slot.func is _load):
+        strategy.load_checkpoint = partial(_load, strategy, slot)
+
+
+def _load(strategy: Any, original: Callable[..., Any], checkpoint_path: Any, *args: Any, **options: Any) -> Any:
+    path = Path(checkpoint_path)
+    if path.is_dir():
+        _refuse_torn(path)
+    if path.exists():
+        file = path / "meta.pt" if path.is_dir() else path
+        check_loadable(strategy.lightning_module, torch.load(file, map_location="cpu", mmap=True, weights_only=True))
+    return original(checkpoint_path, *args, **options)
 
 
 def read_sharded(folder: Path) -> dict[str, Any]:
@@ -18,12 +38,7 @@ def read_sharded(folder: Path) -> dict[str, Any]:
 
     Raises `ApplyError` (GP833) where the folder is none, or was not written to its end.
     """
-    if not (folder / ".metadata").is_file() or not (folder / "meta.pt").is_file():
-        raise refusal(
-            "GP833",
-            f"{folder} is no whole sharded checkpoint",
-            "graphpatch.lightning.last_whole(folder) finds the newest that is",
-        )
+    _refuse_torn(folder)
     facts = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     weights = {
         name: torch.empty(about.size, dtype=about.properties.dtype)  # type: ignore[union-attr]
@@ -33,3 +48,12 @@ def read_sharded(folder: Path) -> dict[str, Any]:
     dcp.load(weights, checkpoint_id=folder, no_dist=True)
     meta = torch.load(folder / "meta.pt", map_location="cpu", weights_only=True)
     return {**meta, "state_dict": {name.removeprefix(_WEIGHTS): tensor for name, tensor in weights.items()}}
+
+
+def _refuse_torn(folder: Path) -> None:
+    if not (folder / ".metadata").is_file() or not (folder / "meta.pt").is_file():
+        raise refusal(
+            "GP833",
+            f"{folder} is no whole sharded checkpoint",
+            "graphpatch.lightning.last_whole(folder) finds the newest that is",
+        )

@@ -142,6 +142,12 @@ saver = ModelCheckpoint(folder, save_last=True)
 trainer(folder, t, saver, strategy=strategy({sharded}), max_epochs=2, enable_checkpointing=True, **options).fit(first, halves())
 t, second = made()
 trainer(folder, t, strategy=strategy({sharded}), max_epochs=3, **options).fit(second, halves(), ckpt_path=folder / "last.ckpt")
+other = ModelTransform(graphpatch.parse(RULES.replace("rank=2", "rank=3")))
+try:
+    trainer(folder, other, strategy=strategy({sharded}), max_epochs=3, **options).fit(
+        Sharded(model_transform=other), halves(), ckpt_path=folder / "last.ckpt")
+except graphpatch.Error as error:
+    refused = str(error)
 kept = None
 if {sharded} and rank == 0:
     from torch.distributed.checkpoint import FileSystemReader
@@ -149,7 +155,7 @@ if {sharded} and rank == 0:
 elif rank == 0:
     kept = sorted("state_dict." + k for k in torch.load(folder / "last.ckpt", weights_only=True)["state_dict"])
 here = sorted(p.name for p in folder.iterdir() if "last" in p.name)
-said(losses=first.losses + second.losses, kept=kept, here=here, factors=sorted("state_dict." + n for n in factors(second)))
+said(losses=first.losses + second.losses, kept=kept, here=here, refused=refused, factors=sorted("state_dict." + n for n in factors(second)))
 """
     told = run(tmp_path, script)
     # Both load on a single process, into a module that nobody shards.
@@ -160,6 +166,7 @@ said(trained=all(bool(p.count_nonzero()) for n, p in loaded.named_parameters() i
     assert run(tmp_path, alone_again) == {"trained": True, "n": 8}
     assert close(told["losses"], alone) and told["here"] == ["last.ckpt"]
     assert told["kept"] == told["factors"] and len(told["kept"]) == 8
+    assert "GP831" in told["refused"] and "lora(rank=3)" in told["refused"]
 
 
 def test_a_model_that_was_sharded_before_is_refused(tmp_path):

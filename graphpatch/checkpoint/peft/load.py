@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike, fspath
 
@@ -99,6 +99,8 @@ class _File:
     """Where the modules of the file stand in this model, if not where they stood when it was saved."""
     bare: bool = False
     """The base's weights are not there to compare with."""
+    tied: frozenset[str] = frozenset()
+    """Modules of the file that have one weight here."""
     experts: tuple[NamedTarget, ...] = ()
     """Stacks of experts that the file has one by one."""
 
@@ -118,16 +120,16 @@ class _File:
         ]
         if nowhere:
             raise _misfit(what, [], nowhere, len(tensors))
-        return cls(what, config, tensors, None, bare, tuple(experts))
+        return cls(what, config, tensors, None, bare, _tied(tree, tensors), tuple(experts))
 
     def rules(self) -> RuleSet:
-        if self.moved is None and not self.experts and not asks_for_names(self.config):
+        if self.moved is None and not self.experts and not self.tied and not asks_for_names(self.config):
             return rule_set(rules_text(self.config, self.what, loading=True))
         here, there = (self.moved.here, self.moved.there) if self.moved else (str, str)
         stacked = {one.name.rpartition(".")[0] for one in self.experts}
         paths = [path for path in module_paths(self.config, self.tensors) if path not in stacked]
         named = [of_name(self.config, there(path))._replace(name=here(there(path))) for path in paths]
-        return rule_set(rules_of_names(self.config, self.what, named, self.experts))
+        return rule_set(rules_of_names(self.config, self.what, named, self.experts, tied=self.tied))
 
     def fitted(self, plan: Plan) -> tuple[Named, Named]:
         """What the plan adds, and base weights, by our names and in our layout. Raises `Error`."""
@@ -143,14 +145,17 @@ class _File:
             raise _misfit(self.what, missing, unexpected, len(self.tensors))
         added: Named = {}
         wrong: list[str] = []
+        shapes = {one.names[name]: shape for one in targets for name, shape in one.shapes.items()}
         for one in targets:
             found = ours(one, {a: self.tensors[one.key(a)] for a in one.names if not _is_start(a)})
             for name, tensor in found.items():
-                if tuple(tensor.shape) != one.shapes[name]:
-                    wrong.append(f"{one.key(name)}: {_shape(tensor)}, and here it is {list(one.shapes[name])}")
+                shape = shapes[one.names[name]]
+                if tuple(tensor.shape) != shape:
+                    wrong.append(f"{one.key(name)}: {_shape(tensor)}, and here it is {list(shape)}")
                 elif not tensor.is_floating_point():
                     wrong.append(f"{one.key(name)}: {tensor.dtype}, and no floats")
-                added[one.names[name]] = tensor
+                if added.setdefault(one.names[name], tensor) is not tensor and not added[one.names[name]].equal(tensor):
+                    raise self._untied(one.path)
         moved = self._moved(plan.tree, base, trained, wrong)
         if wrong:
             raise self._misshapen(wrong)
@@ -197,12 +202,28 @@ class _File:
                     )
                 )
 
+    def _untied(self, path: str) -> Error:
+        title = f"`{path}` has an adapter of its own in {self.what}, and here its weight is tied to another's"
+        why = "PEFT lets the two drift apart, and one weight cannot be two"
+        fix = "untie them first: module.weight = nn.Parameter(module.weight.detach().clone())"
+        return Error(Diagnostic("GP628", title, text=(why,), fixes=(fix,)))
+
     def _misshapen(self, wrong: list[str]) -> Error:
         more = [f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
         title = (
             f"{len(wrong)} of {len(self.tensors)} tensors of {self.what} have another shape or type than this model's"
         )
         return Error(Diagnostic("GP624", title, text=(*wrong[:_SHOWN], *more)))
+
+
+def _tied(tree: Tree, keys: Iterable[str]) -> frozenset[str]:
+    """The modules with an adapter whose weight is that of another one with an adapter."""
+    by_weight: dict[tuple[int, str], list[str]] = {}
+    for path in dict.fromkeys(path for key in keys if (path := adapter_path(key)) is not None):
+        node = tree.find(path)
+        if node is not None:
+            by_weight.setdefault(tree.first_of.get((node, "weight"), (node, "weight")), []).append(path)
+    return frozenset(path for paths in by_weight.values() if len(paths) > 1 for path in paths)
 
 
 def _misfit(what: str, missing: list[str], unexpected: list[str], count: int) -> Error:

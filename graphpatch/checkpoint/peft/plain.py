@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn.functional import pad
 
 from ...lang.diagnostics import Diagnostic, Error
-from ...ops.lora_parts import spread_of
+from ...ops.lora_parts import Spread, spread_of
 from ...rewrites.spread import spread
 from .keys import TAILS, Adapted
 from .layout import theirs
@@ -49,11 +50,13 @@ def plain(one: Adapted, added: Mapping[str, torch.Tensor]) -> Plain:
         tensors["lora_A"] = torch.cat([tensors["lora_A"], a0.to(tensors["lora_A"])])
         tensors["lora_B"] = torch.cat([tensors["lora_B"], -b0.to(tensors["lora_B"])], dim=1)
         rank *= 2
-    parts = spread_of(one.op)
-    if parts is not None:
-        # Of all parts at once: each part's product in its rows, and zeros between.
-        tensors["lora_B"] = spread(tensors["lora_B"], parts)
-        rank *= len(parts.chosen)
+    if one.kind == "attention":
+        rank = _attention(one, tensors)
+    elif one.op.parts is not None:
+        how = spread_of(one.op)
+        assert how is not None
+        tensors["lora_B"] = spread(tensors["lora_B"], how)
+        rank *= len(how.chosen)
     unknown = [name for name in tensors if name not in TAILS[one.kind]]
     if unknown:
         raise inexpressible(one.name, f"`{unknown[0]}` of {one.op.text()} has no name in PEFT's files")
@@ -62,16 +65,29 @@ def plain(one: Adapted, added: Mapping[str, torch.Tensor]) -> Plain:
     return Plain(one, rank, one.op.scale, moved, "lora_magnitude" in tensors, "lora_B_bias" in tensors)
 
 
+def _attention(one: Adapted, tensors: dict[str, torch.Tensor]) -> int:
+    """PEFT has factors of one rank for all of q, k and v and for the output, always; returns the rank."""
+    like = next(iter(tensors.values()))
+    width = one.signature.attributes["embed_dim"]
+    assert isinstance(width, int)
+    inside = [at for at, part in enumerate("qkv") if one.op.parts is None or part in one.op.parts]
+    rank = one.op.rank * (1 if one.op.parts is None or not inside else len(inside))
+    if one.op.parts is not None and inside:
+        how = Spread(1, (width,) * 3, tuple(inside), one.op.rank)
+        tensors["in_proj_lora_B"] = spread(tensors["in_proj_lora_B"], how)
+    for name, rows in (("in_proj", 3 * width), ("out_proj", width)):
+        a, b = (tensors.get(f"{name}_lora_{side}") for side in "AB")
+        a = like.new_zeros(rank, width) if a is None else pad(a, (0, 0, 0, rank - a.shape[0]))
+        b = like.new_zeros(rows, rank) if b is None else pad(b, (0, rank - b.shape[1]))
+        tensors[f"{name}_lora_A"], tensors[f"{name}_lora_B"] = a, b
+    return rank
+
+
 def _refuse(one: Adapted) -> None:
     facts = one.signature.attributes
-    if not TAILS[one.kind]:
+    separate = one.kind == "attention" and "in_proj_weight" not in one.signature.parameters
+    if not TAILS[one.kind] or separate:
         raise inexpressible(one.name, f"PEFT has no LoRA on {one.signature.cls} that this could be")
-    if one.op.tied:
-        raise inexpressible(
-            one.name,
-            "its adapter is that of another module too, whose weight it has; a reader of PEFT's file would part them",
-            "merge it: patch.merge(), or on the files: graphpatch merge BASE ADAPTER OUT",
-        )
     if one.kind == "convolution":
         dilation = facts.get("dilation")
         if isinstance(dilation, tuple) and any(step != 1 for step in dilation):

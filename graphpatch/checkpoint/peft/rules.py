@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike, fspath
 from pathlib import Path
@@ -72,18 +72,24 @@ def rules_text(config: LoraConfig, what: str, *, loading: bool = False) -> str:
 
 
 def rules_of_names(
-    config: LoraConfig, what: str, modules: Iterable[Named], parameters: Iterable[Named] = (), *, loading: bool = True
+    config: LoraConfig,
+    what: str,
+    modules: Iterable[Named],
+    parameters: Iterable[Named] = (),
+    *,
+    tied: Collection[str] = (),
+    loading: bool = True,
 ) -> str:
-    """The same for modules and parameters that are known by name."""
+    """The same for modules and parameters that are known by name; those that are `tied` have one adapter together."""
     file = _File(config, what, loading)
     modules = list(modules)
     file.named = [End(one.name, anchored=True) for one in modules]
     for hits, cls in ((modules, MODULE), (parameters, PARAMETER)):
-        alike: dict[tuple[int, float], list[str]] = {}
+        alike: dict[tuple[int, float, bool], list[str]] = {}
         for one in hits:
-            alike.setdefault((one.rank, one.alpha), []).append(one.name)
-        for (rank, alpha), names in alike.items():
-            file.patch(rank, alpha, selectors(names, cls), [], cls)
+            alike.setdefault((one.rank, one.alpha, one.name in tied), []).append(one.name)
+        for (rank, alpha, as_one), names in alike.items():
+            file.patch(rank, alpha, selectors(names, cls), [], cls, tied=as_one)
     if not parameters:
         file.parameters()
     file.trained()
@@ -172,11 +178,20 @@ class _File:
             self._statements.append("require " + " or ".join(f"has(@{name})" for name in aliases))
 
     def patch(
-        self, rank: int, alpha: float, chosen: Sequence[str], without: Sequence[str], cls: str, *, alone: bool = True
+        self,
+        rank: int,
+        alpha: float,
+        chosen: Sequence[str],
+        without: Sequence[str],
+        cls: str,
+        *,
+        alone: bool = True,
+        tied: bool = False,
     ) -> str:
         """A patch of what is chosen; returns the name of its alias."""
         name = self._named("targets" if cls == MODULE else "parameters", chosen)
-        arguments = ", ".join(f"{k}={_value(v)}" for k, v in self._arguments(rank, alpha, cls == MODULE).items())
+        given = self._arguments(rank, alpha, cls == MODULE) | ({"tied": True} if tied else {})
+        arguments = ", ".join(f"{k}={_value(v)}" for k, v in given.items())
         clauses = [f"with lora({arguments})"]
         if without:
             clauses.append("except " + " | ".join(f"@{other}" for other in without))

@@ -35,7 +35,7 @@ def saved_with(plan: Plan, targets: Sequence[Adapted], moved: Mapping[str, torch
     tree = plan.tree
     wraps = _wraps(targets)
     names = [path for node in range(1, len(tree)) for path in tree.all_paths(node)]
-    spared = [one.path for one in targets]
+    spared = list(wraps)
     bias = _bias(tree, spared, moved)
     rest = {name: tensor for name, tensor in _every_name(tree, moved).items() if not _is_bias(name, bias, wraps)}
     tensors = {_key(name, wraps): moved.get(name, _live(tree, name)) for name in _biases(tree, bias, spared)}
@@ -118,6 +118,8 @@ def _wraps(targets: Sequence[Adapted]) -> dict[str, int]:
     found: dict[str, int] = {}
     for one in targets:
         found[one.path] = max(found.get(one.path, 0), one.depth + 1)
+        if one.kind == "attention":
+            found[f"{one.path}.out_proj"] = 1
     return found
 
 

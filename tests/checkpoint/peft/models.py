@@ -49,6 +49,8 @@ def logits(model: nn.Module) -> torch.Tensor:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if isinstance(base, ConvNet):
         return model(torch.arange(2 * 4 * 8 * 8).view(2, 4, 8, 8).sin())
+    if isinstance(base, Attending):
+        return model(torch.arange(2 * 5 * 16).view(2, 5, 16).sin())
     inputs = {"input_ids": IDS}
     if base.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = IDS
@@ -71,6 +73,19 @@ class ConvNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.grouped(self.norm(self.first(x)).relu())
         return self.head(self.row(x.flatten(2)).mean(-1))
+
+
+class Attending(nn.Module):
+    """`nn.MultiheadAttention`, which has its weights read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attn, self.head = nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 3)
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.attn(x, x, x)[0])
 
 
 def randomise(tensors: Any, seed: int = 1) -> None:

@@ -7,6 +7,7 @@ import torch
 
 import graphpatch
 from tests.checkpoint.peft.models import (
+    Attending,
     ConvNet,
     bert,
     by_peft,
@@ -95,6 +96,11 @@ CASES = {
             "rank_pattern": {"down_proj.weight": 2, r"experts\.down_proj": 3},
             "r": 4,
         },
+    ),
+    "attention": (Attending, {"target_modules": ["attn", "head"], "r": 4}),
+    "tied embedding and head": (
+        lambda: llama(tie_word_embeddings=True),
+        {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True, "r": 4},
     ),
     "norm of a convolution saved": (ConvNet, {"target_modules": ["first"], "modules_to_save": ["norm"], "r": 4}),
 }

@@ -7,6 +7,7 @@ import torch
 
 import graphpatch
 from tests.checkpoint.peft.models import (
+    Attending,
     ConvNet,
     bert,
     by_peft,
@@ -20,6 +21,11 @@ from tests.checkpoint.peft.models import (
     t5,
     trained,
 )
+
+
+def tied():
+    return llama(tie_word_embeddings=True)
+
 
 FREEZE = "\nfreeze ** except @new"
 CASES = {
@@ -79,6 +85,16 @@ CASES = {
     "qwen3 moe, a dense layer": (qwen3_moe, "patch mlp.{gate,up,down}_proj | experts.down_proj with lora(rank=4)"),
     "deepseek, all linears": (deepseek, "patch @layers[*].**:Linear | experts.gate_up_proj with lora(rank=4)"),
     "gpt-oss, experts": (gpt_oss, "patch experts.{gate_up,down}_proj | q_proj with lora(rank=4, alpha=6)"),
+    "parts of a fused linear": (gpt2, 'patch c_attn with lora(rank=4, alpha=6, parts=["q", "v"])'),
+    "attention": (Attending, "patch attn with lora(rank=4, alpha=6)"),
+    "attention, parts": (Attending, 'patch attn with lora(rank=4, alpha=6, parts=["q", "v", "out"])'),
+    "attention, part": (Attending, 'patch attn with lora(rank=4, alpha=6, parts=["k"])'),
+    "attention, output": (
+        Attending,
+        'patch attn with lora(rank=4, alpha=6, parts=["out"])',
+        "train attn.out_proj.bias",
+    ),
+    "tied embedding and head": (tied, "patch embed_tokens | lm_head with lora(rank=4, alpha=6, tied=true)"),
     "convolutions, norm trained": (ConvNet, "patch first with lora(rank=4)", "train norm"),
 }
 

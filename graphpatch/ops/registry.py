@@ -11,6 +11,9 @@ from .op import Op
 
 _BUILT_IN = {
     "lora": "graphpatch.ops.lora",
+    "quantize.int4": "graphpatch.ops.quantize",
+    "quantize.int8": "graphpatch.ops.quantize",
+    "quantize.nf4": "graphpatch.ops.quantize",
     "replace": "graphpatch.ops.replace",
     "scale.output": "graphpatch.ops.scale",
     "set": "graphpatch.ops.set",

@@ -64,7 +64,7 @@ class Int4(NamedTuple):
 
 
 class Int8(NamedTuple):
-    """256 even steps around zero, a scale for each row. Bit for bit torchao's symmetric int8."""
+    """256 even steps around zero, a scale for each row. Of a float32 weight, bit for bit torchao's."""
 
     def encode(self, rows: Tensor) -> dict[str, Tensor]:
         scales = (rows.abs().amax(-1) / 127.5).clamp(min=torch.finfo(torch.float32).eps)

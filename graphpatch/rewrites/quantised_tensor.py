@@ -50,6 +50,10 @@ class QuantisedTensor(Tensor):
         """A weight of two dimensions, quantised; its dtype stays the one that it is computed with in."""
         return cls(encode(format, weight), format, weight.shape, weight.dtype)
 
+    def again(self, value: Tensor) -> QuantisedTensor:
+        """Another value of the same shape, kept and computed with as this one is."""
+        return type(self)(encode(self.format, value), self.format, value.shape, self.dtype)
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
         """What it stands for, in its own dtype or in this one."""
         dense = self.format.decode(self.parts).to(dtype or self.dtype)
@@ -131,6 +135,9 @@ def _turned(weight: QuantisedTensor, *dims: int) -> QuantisedTensor:
 _OWN: dict[Any, Callable[..., Any]] = {
     aten.detach.default: lambda weight: weight._with(aten.detach.default),
     aten.alias.default: lambda weight: weight._with(aten.alias.default),
+    aten.empty_like.default: lambda weight, *, dtype=None, device=None, **_: weight._with(
+        lambda part: torch.empty_like(part, device=device), dtype
+    ),
     aten.clone.default: lambda weight, memory_format=None: weight._with(torch.clone),
     aten._to_copy.default: _to_copy,
     aten.copy_.default: _copy,

@@ -97,6 +97,11 @@ class Op(BaseModel):
         """The parameters it adds to the target, by name, as a function of the target's facts."""
         return {}
 
+    def represents(self, target: Target) -> Mapping[str, int]:
+        """The parameters of the target that are kept in another way from then on, and so cannot train, by name, with
+        the bytes that each takes."""
+        return {}
+
     def named(self, adapter: str | None) -> Op:
         """The same op under the adapter name given to `apply`; only adapter ops care."""
         return self

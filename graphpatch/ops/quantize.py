@@ -26,13 +26,8 @@ class Quantize(Op):
     }
     level: ClassVar[int] = 0
 
-    keep: Flag = True
-    """Keep the original weight in memory too (on the CPU), so that the patch can be reverted and `lora(init="loftq")`
-    can look at it. `false` lets it go, which is what saves memory; then revert() is refused, and the base is loaded
-    anew instead."""
-
     @property
-    def block(self) -> int | None:
+    def per_scale(self) -> int | None:
         """How many values of a row share a scale; None for all of them."""
         raise NotImplementedError
 
@@ -42,6 +37,11 @@ class Quantize(Op):
 
     def slots(self) -> frozenset[str]:
         return frozenset({"weight"})
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the original stays in memory."""
+        return bool(getattr(self, "keep", True))
 
     def check(self, target: Target) -> None:
         refuse_uncalled(target, self.op)
@@ -59,16 +59,16 @@ class Quantize(Op):
             raise Refusal(
                 f"the weight of {cls} is {target.tied['weight'][0]} too, which must go on reading it as it is",
                 "leave it out: except @head",
-                code="GP463",
+                code="GP424",
             )
-        columns, block = weight.shape[1], self.block
+        columns, block = weight.shape[1], self.per_scale
         if block is not None and columns % block:
             name = "in_features" if "in_features" in target.signature.attributes else "nf"
             raise Refusal(
                 f"the rows of {cls}'s weight have {columns} values, which blocks of {block} do not divide",
                 f"take those that fit: where {name} % {block} == 0",
                 *(f"or a smaller block: {size}" for size in (32, 16) if columns % size == 0 and size < block),
-                code="GP464",
+                code="GP463",
             )
 
     def represents(self, target: Target) -> Mapping[str, int]:
@@ -91,8 +91,15 @@ class QuantizeNF4(Quantize):
     nearest. The values are those of bitsandbytes with `bnb_4bit_use_double_quant=False`, its default.
     """
 
-    block: _Even = 64  # type: ignore[assignment]
+    block: _Even = 64
     """Values that share a scale; they must divide the row."""
+    keep: Flag = True
+    """Whether the original weight is kept too, on the CPU, so that the patch can be reverted. `false` lets it go, which
+    is what saves memory; revert() is refused then, and the base is loaded anew instead."""
+
+    @property
+    def per_scale(self) -> int:
+        return self.block
 
     def size(self, shape: tuple[int, ...]) -> int:
         return prod(shape) // 2 + 4 * prod(shape) // self.block
@@ -107,8 +114,11 @@ class QuantizeInt8(Quantize):
     2.1, quantise weights so; no outliers are kept apart here, since activations are not quantised.
     """
 
+    keep: Flag = True
+    """As in `quantize.nf4`."""
+
     @property
-    def block(self) -> int | None:
+    def per_scale(self) -> None:
         return None
 
     def size(self, shape: tuple[int, ...]) -> int:
@@ -126,9 +136,11 @@ class QuantizeInt4(Quantize):
 
     group: _Even = 128
     """Values that share a grid; they must divide the row."""
+    keep: Flag = True
+    """As in `quantize.nf4`."""
 
     @property
-    def block(self) -> int | None:
+    def per_scale(self) -> int:
         return self.group
 
     def size(self, shape: tuple[int, ...]) -> int:

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..lang.diagnostics import ApplyError, Diagnostic
 from ..plan.freeze import TRAIN, Grads
+from ..rewrites.quantised import is_quantised
 from ..tree.tree import Tree
 from .record import Journal
 
@@ -65,7 +66,7 @@ def set_single_flags(tree: Tree, grads: Grads, flags: list[Flag]) -> None:
 
 
 def _can_train(parameter: nn.Parameter) -> bool:
-    return parameter.is_floating_point() or parameter.is_complex()
+    return (parameter.is_floating_point() or parameter.is_complex()) and not is_quantised(parameter)
 
 
 def restore_flags(journal: Journal, later: Iterable[Journal]) -> None:

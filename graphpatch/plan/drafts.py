@@ -113,7 +113,7 @@ def steps(tree: Tree, draft: Draft, findings: list[Diagnostic]) -> list[Step]:
             continue
         merged[alike] = Step(
             op, draft.rule.where, draft.rule.label, nodes, parameter, rewrite, adds,
-            facts.cls or "?", op.after(target),
+            facts.cls or "?", op.after(target), op.represents(target),
         )  # fmt: skip
     for step in merged.values():
         step.nodes.sort()

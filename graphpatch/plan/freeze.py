@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,6 +19,8 @@ from .reach import Reach
 if TYPE_CHECKING:
     from .plan import Step
 
+_FLOATS = {"float64", "float32", "float16", "bfloat16", "complex64", "complex128", "uninitialized"}
+"""What has a gradient; the integers of a quantised base have none, and `train **` passes over them."""
 LEAVE, FREEZE, TRAIN = 0, 1, 2
 """What is asked of a parameter: nothing (it keeps its flag), not to train, to train."""
 
@@ -151,14 +153,19 @@ def added_by(steps: Iterable[Step]) -> dict[int, Mapping[str, Tensor]]:
     return added
 
 
-def count_trainable(tree: Tree, grads: Grads | None, added: Added) -> int:
-    """Trainable elements of the patched model, tied parameters once."""
+def represented_by(steps: Iterable[Step]) -> set[Parameter]:
+    """The parameters that the steps keep in another way, and that cannot train from then on."""
+    return {(node, name) for step in steps for name in step.represents for node in step.nodes}
+
+
+def count_trainable(tree: Tree, grads: Grads | None, added: Added, quantised: Collection[Parameter] = ()) -> int:
+    """Trainable elements of the patched model, tied parameters once; those that are `quantised` never train."""
     grads = grads or Grads(bytearray(len(tree)), bytearray(len(tree)))
     aliases = {alias for alias, _ in tree.ties}
     total = 0
     for (signature, state), times in Counter(zip(tree.signature_of, grads.own)).items():
         tensors = tree.signatures[signature].parameters.values()
-        total += times * sum(t.numel for t in tensors if state == TRAIN or (state == LEAVE and t.trainable))
+        total += times * sum(t.numel for t in tensors if _trains(state, t))
     kinds = {id(tensors): tensors for tensors in added.values()}
     for (kind, state), times in Counter((id(tensors), grads.added[node]) for node, tensors in added.items()).items():
         total += times * sum(t.numel for t in kinds[kind].values() if _trains(state, t))
@@ -170,6 +177,9 @@ def count_trainable(tree: Tree, grads: Grads | None, added: Added) -> int:
             by_module = (grads.added if new else grads.own)[node]
             total += tensor.numel * (_trains(state, tensor) - _trains(by_module, tensor))
     for node, name in aliases:
+        tensor = tree.signature(node).parameters[name]
+        total -= tensor.numel * _trains(grads.of((node, name), new=False), tensor)
+    for node, name in quantised:
         tensor = tree.signature(node).parameters[name]
         total -= tensor.numel * _trains(grads.of((node, name), new=False), tensor)
     return total
@@ -201,4 +211,4 @@ def elements_in(tree: Tree, scope: Scope, added: Added) -> int:
 
 
 def _trains(state: int, tensor: Tensor) -> bool:
-    return state == TRAIN or (state == LEAVE and tensor.trainable)
+    return (state == TRAIN or (state == LEAVE and tensor.trainable)) and tensor.dtype in _FLOATS

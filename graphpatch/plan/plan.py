@@ -61,6 +61,8 @@ class Step:
     before: str
     after: str
     """The class before and after, as the plan shows it."""
+    represents: Mapping[str, int] = field(default_factory=dict)
+    """The parameters of each node that are kept in another way, with the bytes each takes."""
 
     def targets(self) -> Sequence[int | Parameter]:
         return [(n, self.parameter) for n in self.nodes] if self.parameter else self.nodes
@@ -265,6 +267,11 @@ class Totals(NamedTuple):
     keys_added: int
     keys_moved: int
     """State-dict keys that stand elsewhere afterwards, or may: those below a replaced or wrapped module."""
+    bytes_quantised: int = 0
+    """Of the weights that are kept in fewer bits: what they take then, and before."""
+    bytes_dense: int = 0
+    bytes_kept: int = 0
+    """Of those before, what stays in memory beside."""
 
     @property
     def parameters_after(self) -> int:

@@ -12,7 +12,17 @@ from ..tree.tree import Mark, Parameter, Tree
 from .conflicts import settle
 from .drafts import Draft, drafts, steps
 from .expect import reach_all
-from .freeze import Added, Grads, Scope, added_by, count_trainable, decide, elements_in, freeze_scope
+from .freeze import (
+    Added,
+    Grads,
+    Scope,
+    added_by,
+    count_trainable,
+    decide,
+    elements_in,
+    freeze_scope,
+    represented_by,
+)
 from .plan import Outcome, Plan, Step, Totals, patterns
 from .reach import Reach
 from .rules import match_rules, rules_in_force
@@ -50,6 +60,8 @@ def make_plan(rules: RuleSet, tree: Tree, adapter: str | None = None, allow_impo
     _refuse(rules, findings)
     scopes = [freeze_scope(tree, one) for one in freeze_reached]
     grads = decide(tree, scopes, added) if scopes else None
+    findings += _refuse_to_train(tree, fresh, freeze_reached, scopes)
+    _refuse(rules, findings)
     totals = _totals(tree, fresh, already, added, grads)
     warnings = [f for f in findings if f.severity != "error"]
     if grads is None and added and any(t.trainable for s in tree.signatures for t in s.parameters.values()):
@@ -187,16 +199,39 @@ def _parameters_in(tree: Tree, scope: Scope, added: Added) -> Iterable[Parameter
             yield from ((node, name) for name in tensors if not scope.excepted.covers((node, name)))
 
 
+def _refuse_to_train(
+    tree: Tree, steps: Sequence[Step], reached: Sequence[Reach], scopes: Sequence[Scope]
+) -> Iterable[Diagnostic]:
+    """A quantised weight that a `train` names itself; one that names the module passes over it, as over integers."""
+    quantised = represented_by(steps)
+    for one, scope in zip(reached, scopes, strict=True):
+        named = sorted(scope.hits.parameters & quantised) if scope.trainable else []
+        if named:
+            path = tree.parameter_paths(named[0])[0]
+            yield one.rule.scope.finding(
+                "GP464",
+                f"`{path}` is quantised by these rules, and cannot be trained",
+                one.rule.statement.span,
+                "codes have no gradient",
+                ("train what is added beside it: `train @new`", f"or leave it dense: except ^{path}"),
+            )
+
+
 # ── sums and reports ──
 
 
 def _totals(tree: Tree, fresh: Sequence[Step], already: Sequence[Step], added: Added, grads: Grads | None) -> Totals:
-    keys = moved = elements = size = 0
+    keys = moved = elements = size = quantised = dense = kept = 0
     for step in fresh:
         times = len(step.nodes)
         keys += times * len(step.adds)
         elements += _elements(step)
         size += times * sum(t.numel * _BYTES.get(t.dtype, 1) for t in step.adds.values())
+        for name, bytes_then in step.represents.items():
+            tensor = tree.signature(step.nodes[0]).parameters[name]
+            quantised += times * bytes_then
+            dense += times * tensor.numel * _BYTES.get(tensor.dtype, 1)
+            kept += times * tensor.numel * _BYTES.get(tensor.dtype, 1) * getattr(step.op, "keep", False)
         if step.op.exclusive:
             moved += sum(_keys_below(tree, node) for node in step.nodes)
     return Totals(
@@ -206,9 +241,12 @@ def _totals(tree: Tree, fresh: Sequence[Step], already: Sequence[Step], added: A
         parameters_before=tree.numel() + sum(_elements(step) for step in already),
         parameters_added=elements,
         bytes_added=size,
-        trainable=count_trainable(tree, grads, added),
+        trainable=count_trainable(tree, grads, added, represented_by([*fresh, *already])),
         keys_added=keys,
         keys_moved=moved,
+        bytes_quantised=quantised,
+        bytes_dense=dense,
+        bytes_kept=kept,
     )
 
 

@@ -118,8 +118,13 @@ def _summary(plan: Plan, paint: Any) -> Iterable[str]:
         f"Checkpoint: {totals.keys_added} keys added, {totals.keys_moved} moved.",
         _BOLD,
     )
-    if totals.bytes_added:
-        yield f"Memory: +{_bytes(totals.bytes_added)} of parameters."
+    memory = f"Memory: +{_bytes(totals.bytes_added)} of parameters." if totals.bytes_added else ""
+    if totals.bytes_dense:
+        saved = totals.bytes_dense - totals.bytes_quantised - totals.bytes_kept
+        change = f"-{_bytes(saved)}" if saved >= 0 else f"+{_bytes(-saved)}, the originals being kept"
+        memory = f"{memory or 'Memory:'} Weights of {_bytes(totals.bytes_dense)} in {_bytes(totals.bytes_quantised)}: {change}."
+    if memory:
+        yield memory
 
 
 def _many(count: int, noun: str) -> str:

@@ -83,7 +83,7 @@ class QuantizeNF4(Quantize):
     """Keep the weight of a linear in 4-bit NormalFloat: w = scale * level, one of sixteen levels for each value and one
     float32 scale, the largest magnitude, for each `block` values of a row: 4.5 bits a value at 64.
 
-    The module stays what it is, and its weight a parameter with its name, shape and dtype; it is frozen, and dequantised
+    The module stays what it is, and its weight a parameter with its name, shape and dtype; it is frozen, and made dense
     anew for each product, forward and backward. A checkpoint of the base loads into it, and is quantised on the way.
     A plan shows what it saves. Chain `lora` behind it, and the rule is QLoRA: `quantize.nf4() then lora(rank=64)`.
 
@@ -94,7 +94,7 @@ class QuantizeNF4(Quantize):
     block: _Even = 64
     """Values that share a scale; they must divide the row."""
     keep: Flag = True
-    """Whether the original weight is kept too, on the CPU, so that the patch can be reverted. `false` lets it go, which
+    """Whether the original weight is kept too, so that the patch can be reverted. `false` lets it go, which
     is what saves memory; revert() is refused then, and the base is loaded anew instead."""
 
     @property

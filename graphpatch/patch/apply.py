@@ -14,7 +14,7 @@ from torch import nn
 from ..lang.diagnostics import ApplyError, Diagnostic, Error
 from ..tree.collection import no_collection
 from ..tree.tree import Tree
-from .change import Change, InPlaceChange, ModuleChange
+from .change import Change, InPlaceChange, ModuleChange, WeightChange
 from .drift import bind, unwrapped
 from .grads import set_flags, set_single_flags
 from .imports import brief
@@ -122,6 +122,9 @@ def _carry_out(
             elif anew:
                 _freeze_anew(plan, tree, root, journal)
         root.__dict__[JOURNALS] = [*journals_of(root), journal]
+        for change in changes:
+            if isinstance(change, WeightChange):
+                change.settle()
     except BaseException as error:
         undo(root, journal)
         if isinstance(error, Error) or not isinstance(error, Exception):

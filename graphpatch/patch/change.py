@@ -261,6 +261,63 @@ class AttributeChange:
 
 
 @dataclass(eq=False)
+class WeightChange:
+    """Parameters kept in another way. The originals are let go once all is done, where they are not to be kept."""
+
+    mark: Mark
+    nodes: list[int]
+    modules: list[nn.Module]
+    values: Callable[[nn.Module], Mapping[str, torch.Tensor]]
+    """Made one module at a time: all at once would need the memory that this is to save."""
+    keep: bool
+    originals: list[Mapping[str, nn.Parameter]] = field(default_factory=list)
+    changed: list[Mapping[str, nn.Parameter]] = field(default_factory=list)
+
+    def do(self) -> None:
+        for module in self.modules:
+            held = module.__dict__["_parameters"]
+            made = {n: nn.Parameter(value, requires_grad=False) for n, value in self.values(module).items()}
+            self.originals.append({name: held[name] for name in made})
+            self.changed.append(made)
+            before = record_of(module)
+            put_record(module, replace(before, marks=(*before.marks, self.mark)))
+            held.update(made)
+
+    def settle(self) -> None:
+        """Everything else is done too."""
+        if not self.keep:
+            self.originals = []
+
+    @property
+    def gone(self) -> bool:
+        """Whether there is no way back."""
+        return len(self.originals) < len(self.changed)
+
+    def undo(self) -> None:
+        for module, original in zip(self.modules, self.originals):
+            held = module.__dict__["_parameters"]
+            for name, parameter in original.items():
+                # `.to()` moved what stands in its place meanwhile.
+                parameter.data = parameter.data.to(held[name].device, held[name].dtype)
+            held.update(original)
+            put_record(module, record_of(module).without(self.mark))
+
+    @contextmanager
+    def switched_off(self) -> Iterator[None]:
+        try:
+            for module, original in zip(self.modules, self.originals):
+                module.__dict__["_parameters"].update(original)
+            yield
+        finally:
+            for module, made in zip(self.modules, self.changed):
+                module.__dict__["_parameters"].update(made)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a file has the result, and makes nothing any more.
+        return {**self.__dict__, "values": None}
+
+
+@dataclass(eq=False)
 class ModuleChange:
     """Other modules in the places of some."""
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..lang.diagnostics import ApplyError, Diagnostic
-from .change import FastPathChange, InPlaceChange, ModuleChange
+from .change import FastPathChange, InPlaceChange, ModuleChange, WeightChange
 from .grads import forget_gone, restore_flags
 from .merge import bake, merge, taken_out, unmerge
 from .probe import silent_modules
@@ -91,6 +91,7 @@ class Patch:
         so this also works on a model that was sharded or replicated after patching. Of a merged patch the weights
         change places with the kept ones meanwhile; raises `ApplyError` (GP532) where none were kept."""
         self._refuse_gone()
+        self._refuse_let_go()
         refuse_selected(self.model)
         journal = self._journal
         if journal.disabled:
@@ -213,9 +214,21 @@ class Patch:
             fix = f"leave `with patch.disabled()` to {doing} it"
             raise ApplyError(Diagnostic("GP509", f"the patch is switched off: {fix}"))
 
+    def _refuse_let_go(self) -> None:
+        for change in self._journal.changes:
+            if isinstance(change, WeightChange) and change.gone:
+                raise ApplyError(
+                    Diagnostic(
+                        "GP541",
+                        f"the original weights of {change.mark.op} were let go (keep=false), so there is no way back",
+                        fixes=("load the base anew", "or leave keep=false out: the originals are kept then"),
+                    )
+                )
+
     def _refuse_in_the_way(self) -> None:
         """Raise where something done to the model since would be lost, or lost in silence."""
         self._refuse_hanging()
+        self._refuse_let_go()
         for change in self._journal.changes:
             if isinstance(change, InPlaceChange):
                 for at, module in enumerate(change.modules):

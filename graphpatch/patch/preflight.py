@@ -13,9 +13,9 @@ from torch.nn.modules import module as torch_module
 
 from ..lang.diagnostics import ApplyError, Diagnostic, Error
 from ..plan.freeze import FREEZE, LEAVE, TRAIN, Grads
-from ..rewrites.rewrite import Attributes, InPlace, Replacement
+from ..rewrites.rewrite import Attributes, InPlace, Replacement, Weights
 from ..tree.tree import Mark, Signature, Tree
-from .change import AttributeChange, Change, Factory, FastPathChange, InPlaceChange, ModuleChange
+from .change import AttributeChange, Change, Factory, FastPathChange, InPlaceChange, ModuleChange, WeightChange
 from .drift import drifted
 from .imports import brief, load_permitted, load_rewrite
 from .record import RECORD, record_of
@@ -60,6 +60,8 @@ class Preflight:
                 changes += self._in_place(step, rewrite, mark)
             elif issubclass(rewrite, Attributes):
                 changes.append(self._attributes(step, rewrite, mark))
+            elif issubclass(rewrite, Weights):
+                changes.append(self._weights(step, rewrite, mark))
             elif issubclass(rewrite, Replacement):
                 changes.append(self._replacement(step, rewrite, mark))
             else:
@@ -192,6 +194,14 @@ class Preflight:
                 raise _error("GP516", f"`{self._path(step, at)}` holds no plain attribute `{missing[0]}`", step)
             originals.append({name: module.__dict__[name] for name in mine})
         return AttributeChange(mark, step.nodes, modules, values, originals)
+
+    def _weights(self, step: Step, rewrite: type[Weights], mark: Mark) -> Change:
+        modules = [self.modules[node] for node in step.nodes]
+        for at in range(len(modules)):
+            if self._look(step, modules, set(), at).type == "meta":
+                why = f"`{self._path(step, at)}` is on the meta device, and has no values"
+                raise _error("GP542", why, step, fix="load the base's weights first; a plan needs none")
+        return WeightChange(mark, step.nodes, modules, partial(rewrite.values, step.op), rewrite.keeps(step.op))
 
     def _replacement(self, step: Step, rewrite: type[Replacement], mark: Mark) -> Change:
         path = rewrite.imports(step.op)

@@ -122,7 +122,8 @@ def _summary(plan: Plan, paint: Any) -> Iterable[str]:
     if totals.bytes_dense:
         saved = totals.bytes_dense - totals.bytes_quantised - totals.bytes_kept
         change = f"-{_bytes(saved)}" if saved >= 0 else f"+{_bytes(-saved)}, the originals being kept"
-        memory = f"{memory or 'Memory:'} Weights of {_bytes(totals.bytes_dense)} in {_bytes(totals.bytes_quantised)}: {change}."
+        weights = f"Weights of {_bytes(totals.bytes_dense)} in {_bytes(totals.bytes_quantised)}: {change}."
+        memory = f"{memory or 'Memory:'} {weights}"
     if memory:
         yield memory
 

@@ -168,7 +168,7 @@ def _read_8bit(weight: Any, module: nn.Module) -> Tensor:
     scales = getattr(weight, "SCB", None) if scales is None else scales
     codes = getattr(state, "CB", None)
     codes = weight.data if codes is None else codes
-    return cast(Tensor, int8_vectorwise_dequant(codes, scales.to(codes.device)))
+    return cast(Tensor, int8_vectorwise_dequant(codes, cast(Any, scales).to(codes.device)))
 
 
 def _write_8bit(weight: Any, value: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class QuantisedTensor(Tensor):
         """Of what is kept."""
         return sum(part.nbytes for part in self.parts.values())
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"QuantisedTensor({list(self.shape)}, {self.format}, dtype={self.dtype}, device={self.device})"
 
     def _with(self, fn: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None, turn: bool = False) -> Any:
@@ -92,7 +92,7 @@ class QuantisedTensor(Tensor):
 
     # ── what operations do ──
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         own = _OWN.get(func)
         if own is not None and isinstance(args[0], cls):

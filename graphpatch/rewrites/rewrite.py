@@ -1,4 +1,4 @@
-"""The three ways in which a module can be changed. A rewrite says how; the patch room does it, and undoes it."""
+"""The four ways in which a module can be changed. A rewrite says how; the patch room does it, and undoes it."""
 
 from __future__ import annotations
 
@@ -107,6 +107,20 @@ class Attributes:
     def values(op: Op, module: nn.Module) -> Mapping[str, Any]:
         """The new values, for attributes that stand in the module's `__dict__`."""
         raise NotImplementedError
+
+
+class Weights:
+    """Parameters are kept in another way; name, class and forward stay, and they no longer train."""
+
+    @staticmethod
+    def values(op: Op, module: nn.Module) -> Mapping[str, torch.Tensor]:
+        """What stands for the parameters of these names from then on. Must not change them."""
+        raise NotImplementedError
+
+    @staticmethod
+    def keeps(op: Op) -> bool:
+        """Whether the originals stay in memory, so that there is a way back."""
+        return True
 
 
 class Replacement:

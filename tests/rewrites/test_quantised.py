@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import io
-import sys
-from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import linear
-from torchao.quantization import Int4WeightOnlyConfig, Int8Tensor, Int8WeightOnlyConfig, IntxWeightOnlyConfig, NF4Tensor
-from torchao.quantization import quantize_
+from torchao.quantization import (
+    Int8Tensor,
+    Int8WeightOnlyConfig,
+    IntxWeightOnlyConfig,
+    NF4Tensor,
+    quantize_,
+)
 from torchao.quantization.granularity import PerGroup, PerRow
 from torchao.quantization.quant_primitives import MappingType, _choose_qparams_affine_tinygemm
 
@@ -39,7 +42,9 @@ def test_the_levels_of_nf4_are_the_quantiles_that_the_paper_takes():
     positive = normal.icdf(torch.linspace(offset, 0.5, 9, dtype=torch.float64)[:-1])
     negative = -normal.icdf(torch.linspace(offset, 0.5, 8, dtype=torch.float64)[:-1])
     levels = torch.cat([negative, torch.zeros(1, dtype=torch.float64), positive]).sort().values
-    torch.testing.assert_close(torch.tensor(NORMAL_FLOAT, dtype=torch.float64), levels / levels.max(), atol=2e-7, rtol=0)
+    torch.testing.assert_close(
+        torch.tensor(NORMAL_FLOAT, dtype=torch.float64), levels / levels.max(), atol=2e-7, rtol=0
+    )
 
 
 def test_nf4_takes_the_nearest_level_of_each_block():

@@ -111,3 +111,11 @@ def test_the_fixtures_are_what_the_pinned_library_builds(family):
 
 def test_every_family_is_tried():
     assert set(LORA) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "mixtral", "mamba"])
+def test_qlora_quantises_what_it_adapts(family):
+    changes = graphpatch.load("qlora", rank=4).plan(tree(family)).changes
+    quantised = {c.path for c in changes if c.op.startswith("quantize.nf4")}
+    assert quantised and quantised == {c.path for c in changes if c.op.startswith("lora")}
+    assert not any("router" in path or path.endswith("head") for path in quantised)

@@ -52,6 +52,7 @@ def odd_names() -> graphpatch.Tree:
 
 PLANNED: dict[str, tuple[Callable[[], graphpatch.Tree], int, int | None]] = {
     # job: the model, how many changes, how many trainable parameters where the job is about those
+    "QLoRA on Llama": (family("llama"), 2 * 7 * 32, None),
     "every other layer": (family("llama"), 32, None),
     "VLM, vision tower untouched": (family("llava"), 96, None),
     "hybrid Mamba/attention": (family("mamba"), 64, None),

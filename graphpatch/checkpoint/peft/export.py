@@ -97,6 +97,8 @@ def _of(one: Adapted, added: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
 def _targets(plan: Plan) -> list[Adapted]:
     """All targets; raises `Error` (GP625) where the patch does something else too, or nothing of this."""
     for step in plan.steps:
+        if step.represents:
+            continue  # how the base is kept is no affair of its adapter
         if not isinstance(step.op, Lora):
             raise inexpressible(plan.tree.paths[step.nodes[0]] or "^", f"PEFT knows nothing like {step.op.text()}")
     found = adapted(plan)

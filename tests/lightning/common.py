@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import lightning.pytorch as pl
@@ -106,3 +107,8 @@ def trainer(folder: Any, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
 
 def factors(module: nn.Module) -> list[str]:
     return [name for name, _ in module.named_parameters() if "lora_" in name]
+
+
+def clean_environment() -> dict[str, str]:
+    """Without the seed that Lightning's command line leaves behind, from which ranks that are started would draw."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PL_")}

@@ -20,7 +20,7 @@ from graphpatch.lightning import AtomicIO, last_whole
 from graphpatch.lightning.atomic_folder import write_whole_folders
 from graphpatch.lightning.sharded import read_sharded
 
-from .common import Module, data, trainer
+from .common import Module, clean_environment, data, trainer
 from .test_checkpoints import lora
 
 
@@ -178,7 +178,7 @@ def test_a_run_that_is_killed_again_and_again_is_the_run_that_was_not(tmp_path):
     def started(folder: Path, wait: float) -> subprocess.Popen[str]:
         command = [sys.executable, "-c", RUN, str(folder), str(wait)]
         root = str(Path(__file__).parents[2])
-        environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+        environment = {**clean_environment(), "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
 
     def said(lines: list[str]) -> dict[int, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from .common import clean_environment
 
 PRELUDE = """
 import json, sys, torch
@@ -48,7 +49,7 @@ def run(folder: Path, script: str) -> dict[str, Any]:
     file = folder / "script.py"
     file.write_text(PRELUDE + "if __name__ == '__main__':\n" + "".join(f"    {line}\n" for line in script.splitlines()))
     root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    environment = {**clean_environment(), "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(file), str(folder)], env=environment, capture_output=True, text=True, timeout=300
     )

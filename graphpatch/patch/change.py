@@ -294,22 +294,27 @@ class WeightChange:
         return len(self.originals) < len(self.changed)
 
     def undo(self) -> None:
+        self._put_back()
+        for module in self.modules:
+            put_record(module, record_of(module).without(self.mark))
+
+    def _put_back(self) -> None:
         for module, original in zip(self.modules, self.originals):
             held = module.__dict__["_parameters"]
             for name, parameter in original.items():
                 # `.to()` moved what stands in its place meanwhile.
                 parameter.data = parameter.data.to(held[name].device, held[name].dtype)
             held.update(original)
-            put_record(module, record_of(module).without(self.mark))
 
     @contextmanager
     def switched_off(self) -> Iterator[None]:
+        # As they stand now: `.to()` makes others of them.
+        now = [{name: m.__dict__["_parameters"][name] for name in made} for m, made in zip(self.modules, self.changed)]
         try:
-            for module, original in zip(self.modules, self.originals):
-                module.__dict__["_parameters"].update(original)
+            self._put_back()
             yield
         finally:
-            for module, made in zip(self.modules, self.changed):
+            for module, made in zip(self.modules, now):
                 module.__dict__["_parameters"].update(made)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -147,3 +147,14 @@ def test_a_failure_later_on_takes_it_back(monkeypatch):
     with pytest.raises(graphpatch.ApplyError):
         graphpatch.apply(model, graphpatch.load("qlora", rank=4, keep=False))
     assert all(a is b for a, b in zip(model.parameters(), before))
+
+
+def test_the_originals_follow_the_model_to_another_dtype():
+    model = llama()
+    patch = graphpatch.apply(model, graphpatch.parse("patch q_proj with quantize.nf4()\nfreeze **"))
+    model.to(torch.bfloat16)
+    expected = llama().to(torch.bfloat16)(IDS).logits
+    with patch.disabled():
+        assert torch.equal(model(IDS).logits, expected)
+    patch.revert()
+    assert torch.equal(model(IDS).logits, expected)

@@ -51,7 +51,6 @@ def given_step(plan: Plan, modules: Mapping[str, nn.Module], hook: str) -> Plan:
     if not modules:
         return plan
     assert plan.tree.modules is not None
-    by_id = {id(module): node for node, module in enumerate(plan.tree.modules)}
     steps = list(plan.steps)
     for path, new in modules.items():
         node = plan.tree.find(path)
@@ -61,9 +60,8 @@ def given_step(plan: Plan, modules: Mapping[str, nn.Module], hook: str) -> Plan:
                 f"{hook} would replace `{path or '^'}`, the root or a module that no plan can name",
                 "whoever holds the model would keep the old one: replace what is inside it",
             )
-        old = plan.tree.modules[by_id[id(plan.tree.modules[node])]]
         op = Given(by=hook)
-        op._modules[id(old)] = new
+        op._modules[id(plan.tree.modules[node])] = new
         before = plan.tree.signature(node).cls
         steps.append(Step(op, hook, None, [node], None, f"{__name__}:GivenModule", {}, before, type(new).__name__))
     told = Outcome(hook, "another module", len(modules), "")

@@ -142,10 +142,8 @@ class ModelTransform(pl.Callback):
         checks.refuse_other_callbacks(trainer, self, bool(_applied(pl_module)))
         if self.adapter_directory:
             checks.refuse_directories(trainer)
-        beside = (
-            [partial(write_adapters, pl_module, self.adapter_directory == "peft")] if self.adapter_directory else []
-        )
-        write_whole_files(trainer, *beside)
+        beside = partial(write_adapters, pl_module, self.adapter_directory == "peft")
+        write_whole_files(trainer, *([beside] if self.adapter_directory else []))
         transform = self._agreed(pl_module)
         transform.identity()  # rules that cannot be read are told of before anything is built
         # `configure_model` is called after every setup and before anything wraps the model. A partial, since Lightning
@@ -199,7 +197,7 @@ class ModelTransform(pl.Callback):
             for logger in trainer.loggers:
                 write_plan(logger, self._plan_text)
 
-    # ── randomness, so that a resumed run is the run that was not stopped ──
+    # ── a resumed run is the run that was not stopped ──
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._close()
 

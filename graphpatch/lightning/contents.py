@@ -167,11 +167,8 @@ def check_loadable(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
             text=tuple(_difference(then, now)),
         )
     held = checkpoint.get("state_dict") or {}
-    missing = (
-        []
-        if not held
-        else sorted(n for n in names_to_save(module) - set(held) if n not in module.__dict__[_KEPT].buffers)
-    )
+    kept: Kept = module.__dict__[_KEPT]
+    missing = sorted(names_to_save(module) - set(held) - set(kept.buffers)) if held else []
     if missing:
         few = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
         raise refusal("GP832", f"this checkpoint lacks {len(missing)} tensors that train: {few}", "take a whole one")

@@ -61,7 +61,7 @@ def _brought(module: nn.Module) -> set[str]:
     names: set[str] = set()
     for path, part in module.named_modules():
         record, dot = record_of(part), f"{path}." if path else ""
-        names |= {dot + name for name in record.added}
+        names |= {dot + name for name in record.added if name not in part._modules}
         if record.original is not None:
             theirs = {id(t) for t in record.original.state_dict(keep_vars=True).values()}
             names |= {dot + n for n, t in part.state_dict(keep_vars=True).items() if id(t) not in theirs}

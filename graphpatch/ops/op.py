@@ -94,7 +94,8 @@ class Op(BaseModel):
         """Raise `Refusal` where these arguments cannot have their full effect on this target."""
 
     def adds(self, target: Target) -> dict[str, Tensor]:
-        """The parameters it adds to the target, by name, as a function of the target's facts."""
+        """The parameters it adds to the target, by name, as a function of the target's facts; those of a module that it
+        adds below the target by dotted names, `post_norm.weight`."""
         return {}
 
     def represents(self, target: Target) -> Mapping[str, int]:

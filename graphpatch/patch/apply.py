@@ -110,7 +110,8 @@ def _carry_out(
     try:
         # Parameters made in inference mode could never be trained.
         with torch.inference_mode(False), torch.no_grad(), no_collection():
-            anew = any(isinstance(change, ModuleChange) for change in changes)
+            anew = any(isinstance(c, ModuleChange) or (isinstance(c, InPlaceChange) and c.children) for c in changes)
+            before = list(root.parameters()) if anew else []
             if plan.grads is not None and not anew:
                 # Before anything is added, what is added need not be passed over.
                 set_flags(tree, plan.grads, journal.flags)
@@ -120,7 +121,7 @@ def _carry_out(
             if plan.grads is not None and not anew:
                 set_single_flags(tree, plan.grads, journal.flags)
             elif anew:
-                _freeze_anew(plan, tree, root, journal)
+                _freeze_anew(plan, tree, root, journal, before)
         root.__dict__[JOURNALS] = [*journals_of(root), journal]
         for change in changes:
             if isinstance(change, WeightChange):
@@ -148,11 +149,12 @@ def _join(changes: Sequence[Change], root: nn.Module) -> None:
             change.active, change.weight = known.active, known.weight
 
 
-def _freeze_anew(plan: Plan, tree: Tree, root: nn.Module, journal: Journal) -> None:
-    """Decide the flags on the model as it stands: no plan can know the parameters of modules that were just built."""
+def _freeze_anew(plan: Plan, tree: Tree, root: nn.Module, journal: Journal, before: Sequence[nn.Parameter]) -> None:
+    """Decide the flags on the model as it stands: no plan can know what modules that were just built are and hold.
+    `before` are the parameters that the model had."""
     # A plan made on another model of the same shape, or read from a file, has not these modules.
     bound = plan if plan.tree is tree else replace(plan, tree=tree)
-    now = bound.refreeze(root)
+    now = bound.refreeze(root, before)
     if now is not None:
         set_flags(now.tree, now.grads, journal.flags, now.added)
         set_single_flags(now.tree, now.grads, journal.flags)

@@ -79,6 +79,8 @@ class InPlaceChange:
     """Parameters that are other modules', which register them first: the same objects."""
     owners: Sequence[nn.Module] = ()
     """Per module, that other. Needed to do, not to undo."""
+    children: tuple[str, ...] = ()
+    """The modules that each gains."""
 
     def do(self) -> None:
         # The loop that every target goes through: nothing is looked up twice, and what is the same as it was for the
@@ -86,8 +88,9 @@ class InPlaceChange:
         empty, put_class, attribute = torch.empty, object.__setattr__, self.mixin.entries
         # What nn.Parameter comes down to for a plain tensor, without its checks.
         make, parameter = torch.Tensor._make_subclass, nn.Parameter
-        factories = [(f.name, f.shape, f.dtype, f.trainable) for f in self.factories if not f.buffer]
-        buffers = [f for f in self.factories if f.buffer]
+        direct = [f for f in self.factories if "." not in f.name]
+        factories = [(f.name, f.shape, f.dtype, f.trainable) for f in direct if not f.buffer]
+        buffers = [f for f in direct if f.buffer]
         states: dict[tuple[type, int], _State] = {}
         look, devices = self.look, self.devices
         for at, module in enumerate(self.modules):
@@ -118,7 +121,11 @@ class InPlaceChange:
                     **{b.name: own["_buffers"][b.name] for b in buffers},
                 }
             elif factories:
-                tensors = {name: registered[name] for name in self.added}
+                tensors = {name: registered[name] for name, *_ in factories}
+            else:
+                tensors = {}
+            if self.children:
+                tensors |= self._with_children(module, device)
             if self.factories and self.initialise and not device.type == "meta":
                 self.mixin.initialise(self.entry, tensors, module)
                 if self.seen:
@@ -132,12 +139,33 @@ class InPlaceChange:
                 put_class(module, "__class__", state.cls)
         self.factories, self.devices, self.look, self.seen, self.owners = [], [], None, (), ()
 
+    def _with_children(self, module: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
+        """Give a module its children, and them their tensors, which are returned by dotted names."""
+        with torch.device("meta"):
+            made = self.mixin.submodules(self.entry, module)
+        for name, child in made.items():
+            module.add_module(name, child.train(module.training))
+        tensors: dict[str, torch.Tensor] = {}
+        for factory in self.factories:
+            path, _, name = factory.name.rpartition(".")
+            if not path:
+                continue
+            owner, value = module.get_submodule(path), torch.empty(*factory.shape, dtype=factory.dtype, device=device)
+            if factory.buffer:
+                owner.register_buffer(name, value)
+                tensors[factory.name] = value
+            else:
+                parameter = nn.Parameter(value, requires_grad=factory.trainable)
+                owner.register_parameter(name, parameter)
+                tensors[factory.name] = parameter
+        return tensors
+
     def _with(self, module: nn.Module, states: dict[Any, _State], key: Any) -> _State:
         before = record_of(module)
         after = replace(
             before,
             marks=(*before.marks, self.mark),
-            added=before.added.union(self.added, self.shared),
+            added=before.added.union(self.added, self.shared, self.children),
             held=(*before.held, Held(self.mixin, self.entry, self.shown)),
         )
         cls = class_with(module, lambda mixins: (*mixins, self.mixin))
@@ -151,6 +179,8 @@ class InPlaceChange:
             for name in (*self.added, *self.shared):
                 own["_parameters"].pop(name, None)
                 own["_buffers"].pop(name, None)
+            for name in self.children:
+                own["_modules"].pop(name, None)
             key = (type(module), id(own.get(RECORD)))
             state = states.get(key) or self._without(module, states, key)
             if any(held.mixin.entries == attribute for held in state.record.held):
@@ -162,7 +192,8 @@ class InPlaceChange:
 
     def _without(self, module: nn.Module, states: dict[Any, _State], key: Any) -> _State:
         before = record_of(module)
-        after = before.without(self.mark, (*self.added, *self.shared)).without_entry(self.mixin, self.entry)
+        gone = (*self.added, *self.shared, *self.children)
+        after = before.without(self.mark, gone).without_entry(self.mixin, self.entry)
         needed = any(held.mixin is self.mixin for held in after.held)
         cls = class_with(module, lambda mixins: mixins if needed else tuple(m for m in mixins if m is not self.mixin))
         return _remember(states, key, _State(cls, after.entries(self.mixin.entries), after, before))

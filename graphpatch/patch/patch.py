@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib import import_module
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -76,7 +76,7 @@ class Patch:
         for change in self._journal.changes:
             for at, (node, module) in enumerate(zip(change.nodes, change.modules)):
                 if isinstance(change, InPlaceChange):
-                    found += [(node, name, getattr(module, name)) for name in change.added]
+                    found += [(node, name, attrgetter(name)(module)) for name in change.added]
                 elif isinstance(change, ModuleChange):
                     kept = {id(p) for p in change.originals[at].parameters()}
                     found += [(node, name, p) for name, p in module.named_parameters() if id(p) not in kept]

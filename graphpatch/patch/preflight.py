@@ -83,6 +83,8 @@ class Preflight:
         devices = [look(at) for at in some]
         fast = all(_registers_plainly(cls) for cls in kinds)
         shared = () if step.adds else step.op.shares
+        entry = mixin.entry(step.op) if step.parameter is None else mixin.entry(step.op, step.parameter)
+        children = self._children(step, mixin, entry, modules)
         changes: list[Change] = []
         for trainable, members in self._by_flags(step).items():
             factories = [
@@ -95,7 +97,7 @@ class Preflight:
                     [step.nodes[i] for i in members],
                     [modules[i] for i in members],
                     mixin,
-                    mixin.entry(step.op) if step.parameter is None else mixin.entry(step.op, step.parameter),
+                    entry,
                     tuple(step.adds),
                     factories,
                     self.initialise,
@@ -104,9 +106,20 @@ class Preflight:
                     _nth(look, members) if later else None,
                     shared=shared,
                     owners=[self._owner(step.nodes[i]) for i in members] if shared else (),
+                    children=children,
                 )
             )
         return changes + self._fast_paths(step, mark)
+
+    def _children(self, step: Step, mixin: type[InPlace], entry: Any, modules: Sequence[nn.Module]) -> tuple[str, ...]:
+        """The names of the modules that each target gains; raises where one has something of that name."""
+        with torch.device("meta"):
+            names = tuple(mixin.submodules(entry, modules[0]))
+        for at, module in enumerate(modules) if names else ():
+            taken = [name for name in names if hasattr(module, name)]
+            if taken:
+                raise self._taken(step, at, taken[0])
+        return names
 
     def _look(self, step: Step, modules: Sequence[nn.Module], kinds: set[type], at: int) -> torch.device:
         """Whether a module can be changed in place, and the device for what it gets."""

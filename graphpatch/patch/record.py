@@ -44,7 +44,7 @@ class Record:
 
     marks: tuple[Mark, ...] = ()
     added: frozenset[str] = frozenset()
-    """Parameters that patches added."""
+    """Parameters and buffers that patches added, by dotted names those of modules that patches added, and these."""
     held: tuple[Held, ...] = ()
     """In the order in which they came: switched off and on again, each is back in its place of the sum."""
     attributes: Mapping[str, Any] = field(default_factory=dict)

@@ -199,12 +199,13 @@ class Plan:
         # The one door to a lower room: the room that mutates is opened only when something is to be mutated.
         return import_module("graphpatch.patch.apply").apply_plan(self, model, patterns(allow_import), batches=batches)
 
-    def refreeze(self, model: torch.nn.Module) -> NewTree | None:
-        """The freeze and train rules again, on the patched model as it stands: modules that an op brought in
-        (`replace`, `wrap`) have parameters that no plan can know. None where the rules have no freeze or train."""
+    def refreeze(self, model: torch.nn.Module, before: Iterable[torch.nn.Parameter] = ()) -> NewTree | None:
+        """The freeze and train rules again, on the patched model as it stands: modules that an op brought in are ones
+        that no plan can know. `before` are the parameters that the model had. None where the rules have no freeze or
+        train."""
         from .refreeze import refreeze
 
-        return refreeze(self, model)
+        return refreeze(self, model, before)
 
     # ── reading and writing ──
     def to_json(self) -> str:

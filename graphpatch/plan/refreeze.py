@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..lang.diagnostics import Diagnostic, PlanError
@@ -26,15 +27,18 @@ class NewTree(NamedTuple):
     """By node of `tree`: the parameters that the planned-for model did not have (`@new`)."""
 
 
-def refreeze(plan: Plan, model: torch.nn.Module) -> NewTree | None:
-    """Decide anew; raises `PlanError` where a rule that fitted the planned tree does not fit this one."""
+def refreeze(plan: Plan, model: torch.nn.Module, before: Iterable[torch.nn.Parameter]) -> NewTree | None:
+    """Decide anew, what was there `before` not being new.
+
+    Raises `PlanError` where a rule that fitted the planned tree does not fit this one.
+    """
     if plan.grads is None:
         return None
     assert plan.tree.modules is not None, "a plan is bound to a model before it is applied"
     tree = Tree.of(model, as_patched=True)
     assert tree.modules is not None
     adds = added_by(plan.steps)
-    old = {
+    old = {id(parameter) for parameter in before} | {
         id(parameter)
         for node, module in enumerate(plan.tree.modules)
         for name, parameter in module._parameters.items()

@@ -64,6 +64,13 @@ class InPlace(_Module):
         return cls
 
     @classmethod
+    def submodules(cls, entry: Any, module: nn.Module) -> Mapping[str, nn.Module]:
+        """The modules that the op adds to `module`, by name, made anew in each call; called with the meta device as the
+        default. What tensors they hold stands in the op's `adds`, by dotted names (`post_norm.weight`), and is made
+        from there: on the target's device, in the dtype given there."""
+        return {}
+
+    @classmethod
     def initialise(cls, entry: Any, tensors: Mapping[str, torch.Tensor], module: nn.Module) -> None:
         """Fill the parameters and buffers that the op adds to `module`, given by name; nothing else of it may change.
         Never called on the meta device, nor where an adapter's file brings the values."""

@@ -230,6 +230,16 @@ class _Run:
         for number in self.automaton.parameters(after):
             yield from self._owners[number]
 
+    def _added(self, bits: int, name: str, length: int) -> Iterable[tuple[int, int]]:
+        """What an added parameter is hit by; `post_norm.weight` is one of an added module, which is hit with it."""
+        *modules, parameter = name.split(".")
+        for module in modules:
+            bits = self.automaton.step(bits, (module, index_of(module), index_of(module) + 1))
+            for number in self.automaton.modules(bits):
+                if not self.patterns[number].classes:  # what its class is, no plan knows
+                    yield from self._owners[number]
+        yield from self._parameter(bits, parameter, 1 + index_of(parameter) if modules else length)
+
     def _note_added(self, node: int, state: _State) -> None:
         names = tuple(self.added[node])
         key = (state.bits, names)
@@ -238,7 +248,7 @@ class _Run:
             found = self._added_meanings[key] = ({}, [])
             length = 1 + max(map(index_of, names), default=-1)
             for name in names:
-                for selector, alternatives in self._parameter(state.bits, name, length):
+                for selector, alternatives in self._added(state.bits, name, length):
                     found[0][selector, name] = found[0].get((selector, name), 0) | alternatives
         found[1].append(node)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from ..lang.diagnostics import Diagnostic, Error
-from ..patch.change import InPlaceChange
+from ..patch.in_place import InPlaceChange
 from ..patch.patch import Patch
 from ..plan.plan import Plan
 from .tensors import journal_of

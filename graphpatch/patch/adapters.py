@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from ..lang.diagnostics import ApplyError, Diagnostic, did_you_mean
-from .change import InPlaceChange
+from .in_place import InPlaceChange
 from .patch import Patch, adapter_changes, patches
 from .per_sample import Row, by_rows
 from .refuse import refuse_selected

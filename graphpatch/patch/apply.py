@@ -14,10 +14,11 @@ from torch import nn
 from ..lang.diagnostics import ApplyError, Diagnostic, Error
 from ..tree.collection import no_collection
 from ..tree.tree import Tree
-from .change import Change, InPlaceChange, ModuleChange, WeightChange
+from .change import Change, ModuleChange, WeightChange
 from .drift import bind, unwrapped
 from .grads import set_flags, set_single_flags
 from .imports import brief
+from .in_place import InPlaceChange
 from .observe import observe
 from .patch import Patch, adapter_changes, patches, undo
 from .preflight import Preflight

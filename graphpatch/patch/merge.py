@@ -28,7 +28,7 @@ from ..rewrites.merging import (
     working_dtype,
     workspace,
 )
-from .change import InPlaceChange
+from .in_place import InPlaceChange
 from .mergeable import Weight, weights_of
 from .record import Journal, Merged, Place
 

@@ -10,7 +10,9 @@ from torch import Tensor, bfloat16, float16, float32, float64, nn
 
 from ..lang.diagnostics import ApplyError, Diagnostic
 from ..rewrites.merging import Merging, Unmergeable, in_order
-from .change import Change, FastPathChange, InPlaceChange
+from .change import Change
+from .fast_path import FastPathChange
+from .in_place import InPlaceChange
 from .record import Journal, Place, journals_of, roots
 
 

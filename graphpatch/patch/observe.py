@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..lang.diagnostics import ApplyError, Diagnostic, Error
 from ..rewrites.rewrite import Observer
-from .change import Change, InPlaceChange
+from .change import Change
 from .imports import brief
+from .in_place import InPlaceChange
 from .run import as_it_was, call, eagerly
 
 

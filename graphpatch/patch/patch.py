@@ -15,8 +15,10 @@ import torch
 from torch import nn
 
 from ..lang.diagnostics import ApplyError, Diagnostic
-from .change import FastPathChange, InPlaceChange, ModuleChange, WeightChange
+from .change import ModuleChange, WeightChange
+from .fast_path import FastPathChange
 from .grads import forget_gone, restore_flags
+from .in_place import InPlaceChange
 from .merge import bake, merge, taken_out, unmerge
 from .probe import silent_modules
 from .record import JOURNALS, Journal, journals_of, roots

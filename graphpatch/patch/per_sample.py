@@ -10,8 +10,8 @@ from torch import nn
 
 from ..lang.diagnostics import ApplyError, Diagnostic
 from ..rewrites.by_row import ByRow, Rows
-from .change import InPlaceChange
 from .drift import unwrapped
+from .in_place import InPlaceChange
 from .record import SELECTED, roots
 from .refuse import refuse_selected
 from .subclass import bypassed, class_with, is_foreign, set_class

@@ -15,9 +15,11 @@ from ..lang.diagnostics import ApplyError, Diagnostic, Error
 from ..plan.freeze import FREEZE, LEAVE, TRAIN, Grads
 from ..rewrites.rewrite import Attributes, InPlace, Replacement, Weights
 from ..tree.tree import Mark, Signature, Tree
-from .change import AttributeChange, Change, Factory, FastPathChange, InPlaceChange, ModuleChange, WeightChange
+from .change import AttributeChange, Change, ModuleChange, WeightChange
 from .drift import drifted
+from .fast_path import FastPathChange
 from .imports import brief, load_permitted, load_rewrite
+from .in_place import Factory, InPlaceChange
 from .record import RECORD, record_of
 from .refuse import refuse_bypassed, refuse_class, refuse_offloaded
 

@@ -166,9 +166,10 @@ def check_loadable(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
             "resume with the rules it was made by; or start anew from the base, without ckpt_path",
             text=tuple(_difference(then, now)),
         )
-    held = checkpoint.get("state_dict") or {}
+    # Of a sharded checkpoint the names alone are in the part that is read here.
+    held = checkpoint.get("state_dict") or ours.get("names", ())
     kept: Kept = module.__dict__[_KEPT]
-    missing = sorted(names_to_save(module) - set(held) - set(kept.buffers)) if held else []
+    missing = sorted(names_to_save(module) - set(held) - set(kept.buffers))
     if missing:
         few = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
         raise refusal("GP832", f"this checkpoint lacks {len(missing)} tensors that train: {few}", "take a whole one")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +17,13 @@ import torch
 from .common import clean_environment
 
 PRELUDE = """
-import json, sys, torch
+import json, shutil, sys, torch
 from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 import graphpatch
-from graphpatch.lightning import LoRA, ModelTransform, load_from_checkpoint
+from graphpatch.lightning import LoRA, ModelTransform, ResumableDataLoader, load_from_checkpoint
 from tests.lightning.common import Module, Net, data, factors, trainer
 
 torch.set_num_threads(1)
@@ -44,17 +47,22 @@ class Plain(Module):
 
 
 def run(folder: Path, script: str) -> dict[str, Any]:
-    """What the script says, run as a file of its own, since some launchers run it again."""
+    """What the script says."""
+    started = start(folder, script)
+    errors = started.communicate(timeout=300)[1]
+    assert started.returncode == 0, errors[-3000:]
+    return json.loads((folder / "said.json").read_text())
+
+
+def start(folder: Path, script: str) -> subprocess.Popen[str]:
+    """As a file of its own, since some launchers run it again, and in a group of its own, to be killed with them."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "script.py"
     file.write_text(PRELUDE + "if __name__ == '__main__':\n" + "".join(f"    {line}\n" for line in script.splitlines()))
     root = str(Path(__file__).parents[2])
     environment = {**clean_environment(), "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(file), str(folder)], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "said.json").read_text())
+    command, pipe = [sys.executable, str(file), str(folder)], subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
 
 @pytest.fixture(scope="module")
@@ -111,12 +119,12 @@ said(factors=len(factors(module)), trained=trained, patches=len(graphpatch.patch
 
 FSDP = """
 class Sharded(Plain):
-    def __init__(self, early=True, **k):
+    def __init__(self, early=True, born="cpu", **k):
         super().__init__(built="configure_model", **k)
-        self.early = early
+        self.early, self.born = early, born
     def configure_model(self):
         if self.net is not None: return
-        self.build()
+        with torch.device(self.born): self.build()
         if self.early: self.model_transform(self.net)
         from torch.distributed.fsdp import fully_shard
         mesh = self.device_mesh["data_parallel"]
@@ -149,6 +157,19 @@ try:
         Sharded(model_transform=other), halves(), ckpt_path=folder / "last.ckpt")
 except graphpatch.Error as error:
     refused = str(error)
+short = folder / "short.ckpt"
+if rank == 0:
+    if {sharded}: shutil.copytree(folder / "last.ckpt", short)
+    meta = torch.load(folder / "last.ckpt" / "meta.pt" if {sharded} else folder / "last.ckpt", weights_only=True)
+    gone = meta["graphpatch"]["names"].pop()
+    if not {sharded}: del meta["state_dict"][gone]
+    torch.save(meta, short / "meta.pt" if {sharded} else short)
+torch.distributed.barrier()
+t, third = made()
+try:
+    trainer(folder, t, strategy=strategy({sharded}), max_epochs=3, **options).fit(third, halves(), ckpt_path=short)
+except graphpatch.Error as error:
+    lacks = str(error)
 kept = None
 if {sharded} and rank == 0:
     from torch.distributed.checkpoint import FileSystemReader
@@ -156,7 +177,7 @@ if {sharded} and rank == 0:
 elif rank == 0:
     kept = sorted("state_dict." + k for k in torch.load(folder / "last.ckpt", weights_only=True)["state_dict"])
 here = sorted(p.name for p in folder.iterdir() if "last" in p.name)
-said(losses=first.losses + second.losses, kept=kept, here=here, refused=refused, factors=sorted("state_dict." + n for n in factors(second)))
+said(losses=first.losses + second.losses, kept=kept, here=here, refused=refused, lacks=lacks, factors=sorted("state_dict." + n for n in factors(second)))
 """
     told = run(tmp_path, script)
     # Both load on a single process, into a module that nobody shards.
@@ -168,6 +189,38 @@ said(trained=all(bool(p.count_nonzero()) for n, p in loaded.named_parameters() i
     assert close(told["losses"], alone) and told["here"] == ["last.ckpt"]
     assert told["kept"] == told["factors"] and len(told["kept"]) == 8
     assert "GP831" in told["refused"] and "lora(rank=3)" in told["refused"]
+    assert "GP832" in told["lacks"] and "linear_qkv.lora_B" in told["lacks"]
+
+
+KILLED = """
+import os, signal, time
+from graphpatch.lightning import last_whole
+class Tells(ModelCheckpoint):
+    def _save_checkpoint(self, trainer, path):
+        if rank == 0: (folder / f"saving{trainer.global_step}").touch()
+        super()._save_checkpoint(trainer, path)
+saver = Tells(folder / "kept", every_n_train_steps=1, save_top_k=-1, filename="{step}")
+t = lora(); seeded(); module = Sharded(model_transform=t)
+path = last_whole(folder / "kept") if (folder / "kept").exists() else None
+trainer(folder, t, saver, strategy=strategy(True), max_epochs=3, enable_checkpointing=True, devices=2, use_distributed_sampler=False).fit(
+    module, ResumableDataLoader(data(8).dataset, batch_size=4, sampler=Interleaved()), ckpt_path=path)
+said(losses=module.losses, resumed=str(path))
+"""
+
+
+def test_two_ranks_killed_while_they_write_go_on_from_the_last_whole_checkpoint(tmp_path, alone):
+    script = FSDP.strip() + KILLED.rstrip()
+    for step, wait in ((4, 0.0), (7, 0.01)):
+        started = start(tmp_path, script)
+        while not (tmp_path / f"saving{step}").exists():
+            assert started.poll() is None, started.communicate()[1]
+            time.sleep(0.001)
+        time.sleep(wait)
+        os.killpg(started.pid, signal.SIGKILL)
+        started.wait()
+    told = run(tmp_path, script)
+    assert "step=" in told["resumed"] and 1 <= len(told["losses"]) <= 7
+    assert close(told["losses"], alone[-len(told["losses"]) :])
 
 
 def test_a_model_that_was_sharded_before_is_refused(tmp_path):
@@ -185,6 +238,25 @@ except graphpatch.Error as error:
 """
     told = run(tmp_path, script)
     assert "GP810" in told["text"] and "before fully_shard" in told["text"] and told["code"] == "GP816"
+
+
+def test_under_fsdp2_a_model_on_the_meta_device_is_filled_before_it_is_sharded(tmp_path, alone):
+    script = f"""
+{FSDP.strip()}
+from safetensors.torch import save_file
+base = folder / f"base{{rank}}.safetensors"
+save_file(Plain().net.state_dict(), base)
+t = ModelTransform(graphpatch.parse(RULES), base_checkpoint=base)
+seeded(); module = Sharded(born="meta", model_transform=t)
+trainer(folder, t, strategy=strategy(False), max_epochs=3, devices=2, use_distributed_sampler=False).fit(module, halves())
+unfilled = ModelTransform(graphpatch.parse(RULES))
+try:
+    trainer(folder, unfilled, strategy=strategy(False), max_epochs=1, devices=2).fit(Sharded(born="meta", model_transform=unfilled), halves())
+except graphpatch.Error as error:
+    said(losses=module.losses, code=error.code)
+"""
+    told = run(tmp_path, script)
+    assert close(told["losses"], alone) and told["code"] in ("GP818", "GP822")
 
 
 TENSOR = """
@@ -230,8 +302,21 @@ try:
     trainer(folder, lora(), strategy=strategy(False), max_epochs=1, **options).fit(Parallel(early=False), loader(8))
 except graphpatch.Error as error:
     late = error.code
-said(losses=losses, keys=keys, factors=sorted(factors(loaded)), late=late)
+def noisy(seed):
+    t = ModelTransform(graphpatch.parse(RULES.replace("rank=2", "rank=2, dropout=0.5")))
+    torch.manual_seed(seed); module = Parallel(model_transform=t)
+    trainer(folder, t, strategy=strategy(False), max_epochs=1, **options).fit(module, loader(8))
+    both = [torch.zeros_like(p.full_tensor()) for n, p in module.named_parameters() if n.endswith("qkv.lora_A")]
+    mine = [p.full_tensor() for n, p in module.named_parameters() if n.endswith("qkv.lora_A")]
+    for place, value in zip(both, mine):
+        torch.distributed.all_reduce(place.copy_(value))
+    return module.losses, max((m - b / 2).abs().max().item() for m, b in zip(mine, both))
+noise = [noisy(5), noisy(5), noisy(6)]
+said(losses=losses, keys=keys, factors=sorted(factors(loaded)), late=late, noise=noise)
 """
     told = run(tmp_path, script)
     assert close(told["losses"]["false"], alone) and told["losses"]["true"] == told["losses"]["false"]
     assert told["keys"] == told["factors"] and len(told["keys"]) == 8 and told["late"] == "GP810"
+    # Dropout is drawn from the same seed again, another from another, and what both ranks hold whole stays one.
+    (one, apart), (again, _), (other, _) = told["noise"]
+    assert one == again != other and apart == 0.0

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import graphpatch
@@ -100,6 +100,31 @@ def test_the_plan_is_in_the_logger_s_folder(tmp_path):
     trainer(tmp_path, lora(), logger=logger).fit(Module(), data())
     text = (tmp_path / "lightning_logs" / "version_0" / "plan.txt").read_text()
     assert "^layers[0:2].linear_" in text and "4 to rewrite" in text
+
+
+def test_the_plan_is_a_text_in_tensorboard_once_a_run(tmp_path):
+    logger, module, callback = TensorBoardLogger(tmp_path), Module(), lora()
+    trainer(tmp_path, callback, logger=logger).fit(module, data())
+    trainer(tmp_path, callback, logger=False).validate(module, data())
+    logger.experiment.flush()
+    (events,) = tmp_path.rglob("events.*")
+    written = events.read_bytes()
+    assert written.count(b"graphpatch/plan") == 1 and b"^layers[0:2].linear_" in written
+
+
+@pytest.mark.parametrize("save_last", [True, "link"])
+def test_the_last_checkpoint_may_be_a_link(tmp_path, save_last):
+    saver = ModelCheckpoint(tmp_path, save_last=save_last, save_top_k=1, filename="{epoch}")
+    first, second, whole = Module(), Module(), Module()
+    torch.manual_seed(5)
+    trainer(tmp_path, lora(), saver, enable_checkpointing=True).fit(first, data())
+    last = tmp_path / "last.ckpt"
+    assert last.is_symlink() == (save_last == "link")
+    assert graphpatch.lightning.last_whole(tmp_path) is not None
+    trainer(tmp_path, lora(), max_epochs=3).fit(second, data(), ckpt_path=last)
+    torch.manual_seed(5)
+    trainer(tmp_path, lora(), max_epochs=3).fit(whole, data())
+    assert first.losses + second.losses == whole.losses
 
 
 def test_averaged_weights_are_the_adapter_s(tmp_path):

@@ -27,6 +27,7 @@ FORMAT = 1
 _KEPT = "_graphpatch_kept"
 _BESIDE_AVERAGE = "current_model_state"
 """Where `WeightAveraging` puts the weights that train, when `state_dict` is their average."""
+_COMPILED = "_orig_mod."
 _Hook = Callable[[dict[str, Any]], None]
 
 
@@ -142,7 +143,17 @@ def _fill(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -
             state_dict.setdefault(prefix + name, tensor.detach() if isinstance(tensor, torch.Tensor) else tensor)
 
 
+def named_as_here(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """`torch.compile(net)` puts a word into every name; what was saved with it loads without, and the other way."""
+    here = {name.replace(_COMPILED, ""): name for name in module.state_dict(keep_vars=True)}
+    for key in ("state_dict", _BESIDE_AVERAGE):
+        if key in checkpoint:
+            held = checkpoint[key]
+            checkpoint[key] = {here.get(name.replace(_COMPILED, ""), name): tensor for name, tensor in held.items()}
+
+
 def _on_load(module: pl.LightningModule, original: _Hook, checkpoint: dict[str, Any]) -> None:
+    named_as_here(module, checkpoint)
     check_loadable(module, checkpoint)
     Randomness.of(module).read(checkpoint.get(KEY, {}).get("random"))
     original(checkpoint)

@@ -15,7 +15,7 @@ from ..patch.apply import apply_plan
 from ..plan.ruleset import RuleSet
 from .base import Base, load_base
 from .checks import refuse_meta
-from .contents import KEY, check_loadable, keep_what_changes
+from .contents import KEY, check_loadable, keep_what_changes, named_as_here
 from .inner import plan_inside
 from .problem import refusal
 from .sharded import read_sharded
@@ -48,6 +48,7 @@ def load_from_checkpoint(
                 plan = plan_inside(rules, module, record["adapter"], ())
                 assert plan.tree.modules is not None
                 apply_plan(plan, plan.tree.modules[0], initialise=False)
+        named_as_here(module, checkpoint)
         check_loadable(module, checkpoint)
         cls.on_load_checkpoint(cast(_Module, module), checkpoint)
 

@@ -159,3 +159,24 @@ def test_resumed_within_an_epoch_with_a_loader_that_cannot_is_told(tmp_path):
     trainer(tmp_path, lora(), saver, enable_checkpointing=True, max_steps=3).fit(module, data(8))
     with pytest.warns(UserWarning, match="ResumableDataLoader goes on"):
         trainer(tmp_path, lora(), max_epochs=1).fit(Module(), data(8), ckpt_path=saver.last_model_path)
+
+
+class Compiled(Module):
+    def build(self) -> None:
+        if self.net is None:
+            super().build()
+            self.net = torch.compile(self.net, backend="eager")
+
+
+@pytest.mark.parametrize("saved, resumed", [(Compiled, Module), (Module, Compiled), (Compiled, Compiled)])
+def test_compiled_or_not_a_checkpoint_is_the_same(tmp_path, saved, resumed):
+    saver = ModelCheckpoint(tmp_path, save_last=True)
+    first, second, whole = saved(), resumed(), Module()
+    torch.manual_seed(5)
+    trainer(tmp_path, lora(), saver, enable_checkpointing=True).fit(first, data())
+    trainer(tmp_path, lora(), max_epochs=3).fit(second, data(), ckpt_path=tmp_path / "last.ckpt")
+    torch.manual_seed(5)
+    trainer(tmp_path, lora(), max_epochs=3).fit(whole, data())
+    assert first.losses + second.losses == pytest.approx(whole.losses, abs=1e-6)
+    loaded = load_from_checkpoint(resumed, tmp_path / "last.ckpt")
+    assert all(bool(p.count_nonzero()) for n, p in loaded.named_parameters() if "lora_B" in n)

@@ -30,6 +30,8 @@ class Target(NamedTuple):
     """Those of `tied` that another module has before this one, in the order of the tree."""
     config: Mapping[str, Any] | None = None
     """That of the nearest enclosing module that has one."""
+    dtype: str = "float32"
+    """Of the first floating-point parameter at or below it, else of the model's."""
 
     @property
     def tensor(self) -> Tensor | None:

@@ -13,6 +13,7 @@ from torch import nn
 from ..rewrites.rewrite import InPlace
 from ..tree.tree import Mark
 from .record import RECORD, Held, Record, put_record, record_of
+from .refuse import refuse_bypassed, refuse_class
 from .subclass import class_with, set_class
 
 
@@ -64,6 +65,8 @@ class InPlaceChange:
     """Per module, that other. Needed to do, not to undo."""
     children: tuple[str, ...] = ()
     """The modules that each gains."""
+    companions: list[InPlaceChange] = field(default_factory=list)
+    """What it does to other modules, once it is done."""
 
     def do(self) -> None:
         # The loop that every target goes through: nothing is looked up twice, and what is the same as it was for the
@@ -120,7 +123,17 @@ class InPlaceChange:
                 set_class(module, state.cls)
             else:
                 put_class(module, "__class__", state.cls)
+            for other, mixin, entry in self.mixin.companions(self.entry, module):
+                self._accompany(self.nodes[at], other, mixin, entry)
         self.factories, self.devices, self.look, self.seen, self.owners = [], [], None, (), ()
+
+    def _accompany(self, node: int, module: nn.Module, mixin: type[InPlace], entry: Any) -> None:
+        refuse_bypassed(module, f"a companion of the target, {type(module).__name__}", self.mark.rule)
+        refuse_class(module, lambda at: f"a companion of the target, {type(module).__name__}", self.mark.rule)
+        # It takes no slot there: what else the module carries is free to come and go.
+        change = InPlaceChange(self.mark._replace(slots=frozenset()), [node], [module], mixin, entry, ())
+        self.companions.append(change)
+        change.do()
 
     def _with_children(self, module: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
         """Give a module its children, and them their tensors, which are returned by dotted names."""
@@ -155,6 +168,9 @@ class InPlaceChange:
         return _remember(states, key, _State(cls, after.entries(self.mixin.entries), after, before))
 
     def undo(self) -> None:
+        for companion in reversed(self.companions):
+            companion.undo()
+        self.companions = []
         attribute = self.mixin.entries
         states: dict[tuple[type, int], _State] = {}
         for module in self.modules:
@@ -211,6 +227,9 @@ class InPlaceChange:
                 state = states[id(before)] = _State(type(module), after.entries(attribute), after, before)
             put_record(module, state.record)
             module.__dict__[attribute] = state.entries
+        for companion in self.companions:
+            companion.off = self.off
+            companion.show()
 
     @contextmanager
     def switched_off(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from ..lang.diagnostics import ApplyError, Diagnostic, Error
+from ..ops.op import Refusal
 from ..plan.freeze import FREEZE, LEAVE, TRAIN, Grads
 from ..rewrites.rewrite import Attributes, InPlace, Replacement, Weights
 from ..tree.tree import Mark, Signature, Tree
@@ -86,6 +87,11 @@ class Preflight:
         fast = all(_registers_plainly(cls) for cls in kinds)
         shared = () if step.adds else step.op.shares
         entry = mixin.entry(step.op) if step.parameter is None else mixin.entry(step.op, step.parameter)
+        for at, module in enumerate(modules) if mixin.check.__func__ is not InPlace.check.__func__ else ():  # type: ignore[attr-defined]
+            try:
+                mixin.check(entry, module)
+            except Refusal as refusal:
+                raise self._refused(step, at, refusal) from None
         children = self._children(step, mixin, entry, modules)
         changes: list[Change] = []
         for trainable, members in self._by_flags(step).items():
@@ -279,6 +285,11 @@ class Preflight:
 
     def _taken(self, step: Step, at: int, name: str) -> ApplyError:
         return _error("GP502", f"`{self._path(step, at)}` has something called `{name}` already", step)
+
+    def _refused(self, step: Step, at: int, refusal: Refusal) -> ApplyError:
+        title = f"`{self._path(step, at)}` cannot take {step.op.op}"
+        text = (f"{step.rule}   {step.op.text()}", str(refusal))
+        return ApplyError(Diagnostic(refusal.code, title, text=text, fixes=refusal.fixes))
 
     def _path(self, step: Step, at: int) -> str:
         return self.tree.paths[step.nodes[at]] or "^"

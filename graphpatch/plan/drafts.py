@@ -97,7 +97,8 @@ def steps(tree: Tree, draft: Draft, findings: list[Diagnostic]) -> list[Step]:
         facts = tree.signatures[signature]
         above = tree.signatures[parent] if parent >= 0 else None
         around = tree.configs[config] if config >= 0 else None
-        target = Target(_path(tree, nodes[0]), facts, parameter, above, tied, later, around)
+        dtype = _dtype(tree, nodes[0])
+        target = Target(_path(tree, nodes[0]), facts, parameter, above, tied, later, around, dtype)
         try:
             op = draft.op.resolved(target)
             rewrite = _rewrite(op, target, tree.has_classes)
@@ -150,6 +151,15 @@ def _by_ties(
 def _path(tree: Tree, node: int) -> str:
     """One path, without making them all."""
     return ".".join(tree.names[n] for n in tree.ancestors(node)[1:])
+
+
+def _dtype(tree: Tree, node: int) -> str:
+    """Of the first floating-point parameter at or below a node, else of the model's."""
+    for number in (*range(node, tree.ends[node]), *range(node)):
+        for tensor in tree.signature(number).parameters.values():
+            if "float" in tensor.dtype:
+                return tensor.dtype
+    return "float32"
 
 
 def _rewrite(op: Op, target: Target, has_classes: bool) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
@@ -52,6 +52,16 @@ class InPlace(_Module):
     def entry(cls, op: Op, parameter: str | None = None) -> Any:
         """What `forward` has to know of this op; `parameter` is the target where that is one of the module's."""
         raise NotImplementedError
+
+    @classmethod
+    def check(cls, entry: Any, module: nn.Module) -> None:
+        """Raise `Refusal` where the live module cannot be changed so: what no plan can know. Asked of every target before
+        anything changes."""
+
+    @classmethod
+    def companions(cls, entry: Any, module: nn.Module) -> Iterable[tuple[nn.Module, type[InPlace], Any]]:
+        """Other modules that have a part in it, each with its mixin and entry; asked when `module` has its submodules."""
+        return ()
 
     @classmethod
     def weighted(cls, entry: Any, weight: float) -> Any:

@@ -10,13 +10,17 @@ from typing import TypeVar
 from .op import Op
 
 _BUILT_IN = {
+    "activation": "graphpatch.ops.activation",
     "lora": "graphpatch.ops.lora",
+    "norm.post": "graphpatch.ops.norm_post",
+    "norm.replace": "graphpatch.ops.norm_replace",
     "quantize.int4": "graphpatch.ops.quantize",
     "quantize.int8": "graphpatch.ops.quantize",
     "quantize.nf4": "graphpatch.ops.quantize",
     "replace": "graphpatch.ops.replace",
     "scale.output": "graphpatch.ops.scale",
     "set": "graphpatch.ops.set",
+    "softcap.output": "graphpatch.ops.softcap_output",
     "wrap": "graphpatch.ops.wrap",
 }
 """Where each op stands; imported when a rule first names it."""

@@ -128,8 +128,9 @@ class InPlaceChange:
         self.factories, self.devices, self.look, self.seen, self.owners = [], [], None, (), ()
 
     def _accompany(self, node: int, module: nn.Module, mixin: type[InPlace], entry: Any) -> None:
-        refuse_bypassed(module, f"a companion of the target, {type(module).__name__}", self.mark.rule)
-        refuse_class(module, lambda at: f"a companion of the target, {type(module).__name__}", self.mark.rule)
+        named = f"{type(module).__name__} in the target"
+        refuse_bypassed(module, named, self.mark.rule)
+        refuse_class(module, lambda: named, self.mark.rule)
         # It takes no slot there: what else the module carries is free to come and go.
         change = InPlaceChange(self.mark._replace(slots=frozenset()), [node], [module], mixin, entry, ())
         self.companions.append(change)

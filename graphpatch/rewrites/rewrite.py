@@ -55,12 +55,12 @@ class InPlace(_Module):
 
     @classmethod
     def check(cls, entry: Any, module: nn.Module) -> None:
-        """Raise `Refusal` where the live module cannot be changed so: what no plan can know. Asked of every target before
-        anything changes."""
+        """Raise `Refusal` where the live module cannot be changed so, which no plan can know. Asked of each target
+        before anything changes."""
 
     @classmethod
     def companions(cls, entry: Any, module: nn.Module) -> Iterable[tuple[nn.Module, type[InPlace], Any]]:
-        """Other modules that have a part in it, each with its mixin and entry; asked when `module` has its submodules."""
+        """Other modules that have a part in it, each with its mixin and entry; asked when `module` has its own."""
         return ()
 
     @classmethod

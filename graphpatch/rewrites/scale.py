@@ -7,9 +7,9 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..lang.diagnostics import ApplyError, Diagnostic
 from ..ops.op import Op
 from ..ops.scale import ScaleOutput as ScaleOutputOp
+from .outputs import on_first
 from .rewrite import InPlace
 
 
@@ -34,25 +34,11 @@ class ScaleOutput(InPlace):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
         for factor in self._scale_output:
-            output = _scaled(output, factor)
+            output = on_first(output, lambda x, by=factor: _scaled(x, by), "scale.output")  # type: ignore[misc]
         return output
 
 
-def _scaled(output: Any, factor: Factor) -> Any:
-    if isinstance(output, Tensor):
-        if factor.rounded:
-            return output * torch.full((), factor.by, dtype=output.dtype, device=output.device)
-        return output * factor.by
-    if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
-        first = _scaled(output[0], factor)
-        rest = (first, *output[1:])
-        # A named tuple is made of its fields one by one.
-        return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)
-    raise ApplyError(
-        Diagnostic(
-            "GP520",
-            f"scale.output cannot scale a {type(output).__name__}",
-            text=("it multiplies a tensor, or the first of a tuple",),
-            fixes=("target a module further in, whose output is a tensor",),
-        )
-    )
+def _scaled(x: Tensor, factor: Factor) -> Tensor:
+    if factor.rounded:
+        return x * torch.full((), factor.by, dtype=x.dtype, device=x.device)
+    return x * factor.by

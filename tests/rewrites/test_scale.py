@@ -42,7 +42,7 @@ def test_a_tensor_or_the_first_of_several():
 
 
 def test_another_output_is_one_clear_error():
-    with pytest.raises(graphpatch.ApplyError, match="cannot scale a dict"):
+    with pytest.raises(graphpatch.ApplyError, match="cannot change a dict"):
         scaled({"a": torch.ones(1)})
 
 

@@ -11,6 +11,9 @@ from .op import Op
 
 _BUILT_IN = {
     "activation": "graphpatch.ops.activation",
+    "attention.causal": "graphpatch.ops.attention_window",
+    "attention.scale": "graphpatch.ops.attention_scale",
+    "attention.window": "graphpatch.ops.attention_window",
     "lora": "graphpatch.ops.lora",
     "norm.post": "graphpatch.ops.norm_post",
     "norm.replace": "graphpatch.ops.norm_replace",
@@ -20,6 +23,7 @@ _BUILT_IN = {
     "replace": "graphpatch.ops.replace",
     "scale.output": "graphpatch.ops.scale",
     "set": "graphpatch.ops.set",
+    "softcap.attention": "graphpatch.ops.softcap_attention",
     "softcap.output": "graphpatch.ops.softcap_output",
     "wrap": "graphpatch.ops.wrap",
 }

@@ -35,7 +35,7 @@ class SoftcapOutput(Op):
         known = config.get("final_logit_softcapping")
         if known is not None and words is not None and words == config.get("vocab_size"):
             raise Refusal(
-                f"the model caps its logits itself, at {known:g} (config.final_logit_softcapping): they would be capped twice",
+                f"the model caps its logits itself, at {known:g} (config.final_logit_softcapping): not twice",
                 "leave it out, or change the config",
                 code="GP562",
             )

@@ -1,0 +1,43 @@
+"""What the ops on attention share: which modules they accept, and what these know of themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from .calls import refuse_uncalled
+from .op import Op, Refusal, Target
+
+
+class AttentionOp(Op):
+    """An op that changes how scores become weights, in one of three kinds of attention: Transformers' (through its
+    attention interface), `nn.MultiheadAttention`, and modules that call `F.scaled_dot_product_attention`."""
+
+    accepts: ClassVar = {
+        "torch.nn.modules.activation.MultiheadAttention": "graphpatch.rewrites.attention_torch:TorchAttention",
+        "*": "graphpatch.rewrites.attention_sdpa:SdpaAttention",
+    }
+    level: ClassVar[int] = 5
+
+    def through(self, target: Target, row: str) -> str:
+        of_library = target.signature.mro and target.signature.mro[0].startswith("transformers.")
+        configured = target.signature.config >= 0 or target.config is not None
+        if row.endswith("SdpaAttention") and of_library and configured:
+            return "graphpatch.rewrites.attention_transformers:TransformersAttention"
+        return row
+
+    def check(self, target: Target) -> None:
+        refuse_uncalled(target, self.op)
+        if not target.path:
+            raise Refusal("the root is the whole model", "target its attention modules: `@attn`")
+
+    def after(self, target: Target) -> str:
+        return f"{self.word} {target.signature.cls}"
+
+    word: ClassVar[str] = "changed"
+
+
+def known(target: Target, *names: str) -> Any:
+    """What the target, or the config around it, says under one of these names; None where nothing."""
+    places: tuple[Mapping[str, Any], ...] = (target.signature.attributes, target.config or {})
+    return next((place[name] for place in places for name in names if place.get(name) is not None), None)

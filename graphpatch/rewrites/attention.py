@@ -1,0 +1,74 @@
+"""Attention changed: what ops ask for, put together, and the arithmetic they share."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops.attention import AttentionOp
+from ..ops.op import Op
+from .rewrite import InPlace
+
+
+class Wish(NamedTuple):
+    """What one op asks for: `name` is its last word."""
+
+    name: str
+    value: Any
+    text: str
+
+
+class Wishes(NamedTuple):
+    """Of all ops on one module; None where nobody asks."""
+
+    cap: float | None = None
+    by: float | None = None
+    size: int | None = None
+    causal: bool | None = None
+
+    @property
+    def masks(self) -> bool:
+        return self.size is not None or self.causal is not None
+
+
+class Attention(InPlace):
+    """Of the kinds of attention: each entry is a wish."""
+
+    level: ClassVar[int] = AttentionOp.level
+    entries: ClassVar[str] = "_attention_wishes"
+    _attention_wishes: tuple[Wish, ...] = ()
+
+    @classmethod
+    def entry(cls, op: Op, parameter: str | None = None) -> Wish:
+        ((name, value),) = op.arguments().items()
+        return Wish(name, value, op.text())
+
+    @property
+    def wishes(self) -> Wishes:
+        return Wishes(**{wish.name: wish.value for wish in self._attention_wishes})
+
+
+def capped(scores: Tensor, cap: float | None) -> Tensor:
+    """cap * tanh(scores / cap), in the order of Transformers' Gemma 2."""
+    return scores if cap is None else torch.tanh(scores / cap) * cap
+
+
+def allowed(queries: Tensor, keys: int, wishes: Wishes) -> Tensor:
+    """Which keys each query may see by window and causality (... x queries x keys), from the queries' places among
+    the keys."""
+    distance = queries[..., None] - torch.arange(keys, device=queries.device)
+    seen = torch.ones_like(distance, dtype=torch.bool)
+    if wishes.causal:
+        seen = seen & (distance >= 0)
+    if wishes.size is not None:
+        seen = seen & (distance < wishes.size) & (distance > -wishes.size)
+    return seen
+
+
+def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask to be added to scores: 0 where a key may be seen, the least finite number where not."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)

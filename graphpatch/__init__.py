@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoint.load import load_adapter as load_adapter
     from .checkpoint.load import load_weights as load_weights
+    from .checkpoint.mapped.load import save_weights as save_weights
     from .checkpoint.merging.merge import merge_checkpoint as merge_checkpoint
     from .checkpoint.peft.export import to_peft as to_peft
     from .checkpoint.peft.load import load_peft as load_peft
@@ -71,6 +72,7 @@ _HOME = {
     "patches": "patch.patch",
     "register": "ops.registry",
     "save_adapter": "checkpoint.save",
+    "save_weights": "checkpoint.mapped.load",
     "select": "plan.select",
     "to_peft": "checkpoint.peft.export",
     "validate_adapter": "checkpoint.readers.validate",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from .base import check_base
 from .fill import fill, random_state_kept, warn_of_moved
 from .fit import for_patch
 from .manifest import Manifest
+from .mapped.load import load_base, maps_of
+from .pair import JSON
 from .saved import Saved
 from .tensors import (
     Named,
@@ -86,9 +89,12 @@ def load_adapter(
 
 
 def load_weights(patch: Patch, source: str | PathLike[str] | Mapping[str, torch.Tensor], *, fit: bool = False) -> None:
-    """Put an adapter's weights into a patch that is there: all of them, or none.
+    """Put an adapter's weights into a patch that is there, or the weights of a whole checkpoint: all, or none.
 
-    `source` is a directory of `save_adapter`, or a state dict: everything that the patch added, by the names of
+    A checkpoint (safetensors files, or with rules that have `map` statements a state dict of such names) is that of the
+    family that the rules' maps read: see `graphpatch.checkpoint.mapped`.
+
+    An adapter is a directory of `save_adapter`, or a state dict: everything that the patch added, by the names of
     `patch.adapter_state_dict()`, and base weights if need be. Neither base nor rules are compared, only names, shapes,
     types and the scale; floats of another precision are cast. Weights keep their device, and are written in place, so
     that an optimizer or a compiled model goes on with them, and nothing is compiled anew.
@@ -100,6 +106,9 @@ def load_weights(patch: Patch, source: str | PathLike[str] | Mapping[str, torch.
     for another scale, or with `fit` where the adapter does not fit into the patch.
     """
     journal_of(patch)
+    if _is_checkpoint(patch, source):
+        load_base(patch, source)
+        return
     if isinstance(source, Mapping):
         if fit:
             fix = "a directory of save_adapter says them: load_weights(patch, dir, fit=True)"
@@ -115,6 +124,17 @@ def load_weights(patch: Patch, source: str | PathLike[str] | Mapping[str, torch.
         clean = unmarked(Tree.of(patch.model))
         tensors = _renamed(saved, saved.plan(clean, saved.manifest.adapter, ()), clean, name)
     fill(patch, tensors, saved.folder)
+
+
+def _is_checkpoint(patch: Patch, source: str | PathLike[str] | Mapping[str, torch.Tensor]) -> bool:
+    """Whether it is a model's, and no adapter's."""
+    if not isinstance(source, Mapping):
+        path = Path(source)
+        if path.is_file():
+            return path.suffix in (".safetensors", ".json")
+        return not (path / JSON).exists() and any(not p.name.startswith("adapter") for p in path.glob("*.safetensors"))
+    brought = patch.adapter_state_dict()
+    return not (brought and brought.keys() <= source.keys()) and maps_of(patch)
 
 
 def _is_of(patch: Patch, manifest: Manifest, adapter: str | None) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ..lang.diagnostics import Diagnostic, Error, PlanError
 from ..lang.formatter import format_expression, format_selector
-from ..lang.syntax import Freeze, Patch, PathSelector, Require, SelectorUnion, Statement, Step, When
+from ..lang.syntax import Freeze, Map, Patch, PathSelector, Require, SelectorUnion, Statement, Step, When
 from ..tree.select import Compiled, Hits, compile_selector, match
 from ..tree.tree import Tree
 from .scope import FileScope, World
@@ -66,6 +66,8 @@ def rules_in_force(world: World) -> tuple[list[Rule], list[Rule]]:
     freezes: list[Rule] = []
     findings: list[Diagnostic] = []
     for file, statement in _statements(world, findings):
+        if isinstance(statement, Map):
+            continue
         try:
             rule = _rule(statement, world.scope(file))
         except Error as error:
@@ -77,6 +79,11 @@ def rules_in_force(world: World) -> tuple[list[Rule], list[Rule]]:
     return patches, freezes
 
 
+def maps_in_force(world: World) -> list[tuple[FileScope, Map]]:
+    """The `map` statements, in file order, each with the names that its file sees."""
+    return [(world.scope(file), held) for file, held in _statements(world, []) if isinstance(held, Map)]
+
+
 def match_rules(tree: Tree, rules: Sequence[Rule], added: Mapping[int, Mapping[str, object]] | None = None) -> None:
     """Match all selectors of the rules in one pass; `added` are the parameters that patches add, by node."""
     selectors = [compiled for rule in rules for compiled in rule.selectors()]
@@ -85,13 +92,15 @@ def match_rules(tree: Tree, rules: Sequence[Rule], added: Mapping[int, Mapping[s
         rule.take(hits)
 
 
-def _statements(world: World, findings: list[Diagnostic]) -> Iterator[tuple[int, Patch | Freeze]]:
+def _statements(world: World, findings: list[Diagnostic]) -> Iterator[tuple[int, Patch | Freeze | Map]]:
     for file, statement in world.program.statements():
         yield from _unfold(world.scope(file), statement, findings)
 
 
-def _unfold(scope: FileScope, statement: Statement, findings: list[Diagnostic]) -> Iterator[tuple[int, Patch | Freeze]]:
-    if isinstance(statement, (Patch, Freeze)):
+def _unfold(
+    scope: FileScope, statement: Statement, findings: list[Diagnostic]
+) -> Iterator[tuple[int, Patch | Freeze | Map]]:
+    if isinstance(statement, (Patch, Freeze, Map)):
         yield scope.file, statement
     elif isinstance(statement, (When, Require)):
         try:

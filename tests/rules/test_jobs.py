@@ -68,6 +68,8 @@ PLANNED: dict[str, tuple[Callable[[], graphpatch.Tree], int, int | None]] = {
     "first and last layers protected": (family("llama"), 28 * 7, None),
     "override of one layer": (family("llama"), 32, None),
     "odd names": (odd_names, 1, None),
+    "by layer type": (family("gemma2"), 13, None),
+    "Gemma 2 from Llama": (family("llama"), 2 + 32 + 2 * 32 + 2 * 32 + 65, None),
 }
 
 

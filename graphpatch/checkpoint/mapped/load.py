@@ -1,0 +1,145 @@
+"""The weights of another family's checkpoint into a model that rules made of this one, and back into its files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ...lang.diagnostics import Diagnostic, Error
+from ...patch.original import original_plan
+from ...patch.patch import Patch
+from ...plan.maps import Piece, restored, translated
+from ...plan.rules import maps_in_force
+from ...plan.scope import World
+from ..base_files import SINGLE, BaseFiles
+from ..disk import locked, sync, workshop
+from ..tensors import copied_out, journal_of, on_meta
+from .layouts import changed
+
+
+class Source(NamedTuple):
+    """A checkpoint, or a state dict: the shapes, and a way to a tensor."""
+
+    name: str
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Any
+
+    @classmethod
+    def of(cls, source: str | PathLike[str] | Mapping[str, Any]) -> Source:
+        if isinstance(source, Mapping):
+            return cls("the state dict", {k: tuple(v.shape) for k, v in source.items()}, source.__getitem__)
+        files = BaseFiles.open(source)
+        return cls(str(source), {name: slot.shape for name, slot in files.slots.items()}, files.read)
+
+
+def load_base(patch: Patch, source: str | PathLike[str] | Mapping[str, Any]) -> None:
+    """Put a checkpoint's weights into the patched model, by the maps of the patch's rules: all that there are.
+
+    A tied weight is there under any of its names; buffers that the model does not save are none of it. Raises `Error`,
+    and nothing has changed: GP641 for files that cannot be read, GP660 for layouts, GP661 for missing and unexpected
+    keys, GP662 for shapes; GP663 where reading failed half-way.
+    """
+    journal_of(patch)
+    given = Source.of(source)
+    targets = _targets(patch.model)
+    world = _world(patch)
+    pieces, idle = translated(world, given.shapes)
+    _check_names(pieces, targets, given.name, idle)
+    _check_shapes(pieces, targets, given)
+    meta = next((key for key, tensor in targets.items() if tensor.is_meta), None)
+    if meta is not None:
+        raise on_meta(meta)
+    done = 0
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            for piece in pieces:
+                for key, value in zip(piece.targets, changed(piece, [given.read(key) for key in piece.sources])):
+                    targets[key].copy_(value)
+                    done += 1
+    except (OSError, RuntimeError) as error:
+        why = " ".join(str(error).split())[:200]
+        title = f"reading {given.name} failed after {done} weights: the model holds some of them"
+        raise Error(Diagnostic("GP663", title, text=(why,), fixes=("load again before the model is used",))) from error
+
+
+def save_weights(patch: Patch, directory: str | PathLike[str]) -> None:
+    """Write the patched model's weights to `directory`, `model.safetensors`, under the names and in the layouts of the
+    family that the rules' maps read: the way back of `load_weights`. Its `config.json` is yours to add.
+
+    Of tied weights the first is written. Raises `Error`: GP474 and GP660 where a map has no way back, GP605 for a model
+    without values.
+    """
+    journal_of(patch)
+    model = patch.model
+    held = _targets(model)
+    first: dict[int, str] = {}
+    once = {key: tensor for key, tensor in held.items() if first.setdefault(id(tensor), key) == key}
+    made: dict[str, Tensor] = {}
+    for piece in restored(_world(patch), {key: tuple(tensor.shape) for key, tensor in once.items()}):
+        made |= dict(zip(piece.targets, changed(piece, [once[key].detach() for key in piece.sources], back=True)))
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = copied_out(made)
+    with locked(folder), workshop(folder / ".graphpatch.tmp") as half_done:
+        save_file(tensors, half_done / SINGLE, metadata={"format": "pt"})
+        sync(half_done / SINGLE)
+        (half_done / SINGLE).replace(folder / SINGLE)
+    sync(folder)
+
+
+def maps_of(patch: Patch) -> bool:
+    """Whether the patch's rules have maps in force."""
+    return bool(maps_in_force(_world(patch)))
+
+
+def _world(patch: Patch) -> World:
+    plan = original_plan(patch)
+    return World(plan.rules.program, plan.tree)
+
+
+def _targets(model: nn.Module) -> dict[str, Tensor]:
+    """What the model's checkpoints hold, live, by name; tied tensors under each of theirs."""
+    return {k: v for k, v in model.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
+
+
+def _check_names(pieces: list[Piece], targets: Mapping[str, Tensor], name: str, idle: list[str]) -> None:
+    made = {key for piece in pieces for key in piece.targets}
+    there = {id(targets[key]) for key in made if key in targets}
+    missing = [key for key, tensor in targets.items() if key not in made and id(tensor) not in there]
+    unexpected = sorted(made - targets.keys())
+    if missing or unexpected:
+        sources = {key: piece.sources for piece in pieces for key in piece.targets}
+        lines = [f"- {key}   missing" for key in missing[:8]]
+        lines += [f"+ {key}   unexpected" + _from(key, sources[key]) for key in unexpected[:8]]
+        more = max(0, len(missing) - 8) + max(0, len(unexpected) - 8)
+        raise Error(
+            Diagnostic(
+                "GP661",
+                f"{name} has {len(missing)} weights too few and {len(unexpected)} too many for this model",
+                text=(*lines, *([f"and {more} more"] if more else []), *(f"fits no key: {text}" for text in idle[:4])),
+                fixes=("`map KEY -> KEY` in the rules says what a key is here, `map KEY -> none` leaves one behind",),
+            )
+        )
+
+
+def _from(key: str, sources: tuple[str, ...]) -> str:
+    return "" if sources == (key,) else f" (from {sources[0]})"
+
+
+def _check_shapes(pieces: list[Piece], targets: Mapping[str, Tensor], given: Source) -> None:
+    wrong = []
+    for piece in pieces:
+        empty = [torch.empty(given.shapes[key], device="meta") for key in piece.sources]
+        for key, value in zip(piece.targets, changed(piece, empty)):
+            if value.shape != targets[key].shape:
+                wrong.append(f"{key}: {list(value.shape)}, and the model has {list(targets[key].shape)}")
+    if wrong:
+        more = (f"and {len(wrong) - 8} more",) if len(wrong) > 8 else ()
+        title = f"{len(wrong)} weights of {given.name} have another shape than the model's"
+        raise Error(Diagnostic("GP662", title, text=(*wrong[:8], *more)))

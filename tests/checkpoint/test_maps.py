@@ -1,0 +1,133 @@
+"""`map` statements: another family's checkpoint into this model, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import graphpatch
+
+from ..patch.common import patch
+
+FREEZE = "patch a with scale.output(1.0)\nfreeze ** except @new\n"
+
+
+class Net(nn.Module):
+    """`layers.N.qkv`, `layers.N.up`, and a stack of experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.layers = nn.ModuleList(nn.ModuleDict({"qkv": nn.Linear(4, 16), "up": nn.Linear(4, 6)}) for _ in range(2))
+        self.experts = nn.Parameter(torch.zeros(3, 2, 4))
+        self.turned = nn.Parameter(torch.zeros(5, 3))
+        self.register_buffer("passing", torch.zeros(2), persistent=False)
+
+
+MAPS = """
+map h[i].{q,k,v}.{weight,bias} -> layers[$i].qkv.{weight,bias} using qkv.interleave(heads=4, groups=2)
+map h[i].{gate,up}.weight -> layers[$i].up.weight using concat(dim=0)
+map h[i].{gate,up}.bias -> layers[$i].up.bias using concat()
+map mlp.experts[e].w -> experts using stack()
+map across -> turned using transpose(0, 1)
+map stem.** -> a.**
+map rotary.inv_freq -> none
+"""
+MAPS = MAPS.replace(
+    "map h[i].{q,k,v}.{weight,bias} -> layers[$i].qkv.{weight,bias}",
+    "map h[i].{q,k,v}.weight -> layers[$i].qkv.weight using qkv.interleave(heads=4, groups=2)\n"
+    "map h[i].{q,k,v}.bias -> layers[$i].qkv.bias",
+)
+
+
+def theirs() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    found: dict[str, Tensor] = {"stem.weight": torch.randn(4, 4), "stem.bias": torch.randn(4)}
+    for i in range(2):
+        for name, rows in (("q", 8), ("k", 4), ("v", 4), ("gate", 3), ("up", 3)):
+            found[f"h.{i}.{name}.weight"], found[f"h.{i}.{name}.bias"] = torch.randn(rows, 4), torch.randn(rows)
+    found |= {f"mlp.experts.{e}.w": torch.randn(2, 4) for e in range(3)}
+    return {**found, "across": torch.randn(3, 5), "rotary.inv_freq": torch.randn(2)}
+
+
+def loaded(text: str, source: Any, model: nn.Module | None = None) -> tuple[nn.Module, graphpatch.Patch]:
+    model = model or Net()
+    applied = patch(model, FREEZE + text)
+    graphpatch.load_weights(applied, source)
+    return model, applied
+
+
+def test_every_layout_and_the_way_back(tmp_path):
+    given = theirs()
+    save_file(given, tmp_path / "model.safetensors")
+    for source in (given, tmp_path, tmp_path / "model.safetensors"):
+        model, applied = loaded(MAPS, source)
+        qkv = model.layers[1]["qkv"].weight
+        # Two groups, each of two queries of width two, a key and a value.
+        q, k, v = (given[f"h.1.{n}.weight"] for n in "qkv")
+        assert torch.equal(qkv, torch.cat([q[:4], k[:2], v[:2], q[4:], k[2:], v[2:]]))
+        assert torch.equal(model.layers[0]["up"].bias, torch.cat([given["h.0.gate.bias"], given["h.0.up.bias"]]))
+        assert torch.equal(model.experts[2], given["mlp.experts.2.w"])
+        assert torch.equal(model.turned, given["across"].T) and torch.equal(model.a.bias, given["stem.bias"])
+    graphpatch.save_weights(applied, tmp_path / "back")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert back.keys() == given.keys() - {"rotary.inv_freq"}
+    assert all(torch.equal(back[key], given[key]) for key in back)
+
+
+def test_two_names_may_change_places():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+
+    source = {"a.weight": torch.zeros(2, 2), "b.weight": torch.ones(2, 2)}
+    model, _ = loaded("map a.weight -> b.weight\nmap b.weight -> a.weight", source, Two())
+    assert torch.equal(model.a.weight, source["b.weight"]) and torch.equal(model.b.weight, source["a.weight"])
+
+
+@pytest.mark.parametrize("code, maps, change", [
+    ("GP471", MAPS + "map stem.weight -> a.weight", {}),
+    ("GP471", MAPS + "map rotary.inv_freq -> turned", {}),
+    ("GP472", MAPS, {"h.1.k.weight": None}),
+    ("GP473", MAPS.replace("using stack()", ""), {}),
+    ("GP660", MAPS.replace("stack()", "stak()"), {}),
+    ("GP660", MAPS.replace("stack()", "stack(5)"), {}),
+    ("GP660", MAPS.replace("stack()", "stack(axis=0)"), {}),
+    ("GP661", MAPS, {"across": None, "extra": torch.zeros(1)}),
+    ("GP662", MAPS, {"stem.bias": torch.zeros(5)}),
+])  # fmt: skip
+def test_what_does_not_fit_is_told_and_nothing_changes(code, maps, change):
+    given = {**theirs(), **change}
+    given = {key: value for key, value in given.items() if value is not None}
+    if "rotary.inv_freq -> turned" in maps:
+        maps = maps.replace("map rotary.inv_freq -> none", "")
+    model = Net()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(graphpatch.Error) as caught:
+        loaded(maps, given, model)
+    assert caught.value.code == code, str(caught.value)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_missing_and_unexpected_keys_are_named():
+    given = {key: value for key, value in theirs().items() if key != "across"} | {"extra": torch.zeros(1)}
+    with pytest.raises(graphpatch.Error) as caught:
+        loaded(MAPS.replace("map across -> turned using transpose(0, 1)", ""), given)
+    assert "fits no key" not in str(caught.value) and "- turned   missing" in str(caught.value)
+    with pytest.raises(graphpatch.Error) as caught:
+        loaded(MAPS, given)
+    assert "fits no key: map across -> turned using transpose(0, 1)" in str(caught.value)
+    assert "+ extra   unexpected" in str(caught.value)
+
+
+def test_a_way_back_that_is_lost_is_told(tmp_path):
+    _, applied = loaded(
+        MAPS.replace("h[i].{gate,up}.bias -> layers[$i]", "h[i].{gate,up}.bias -> layers[0 + $i]"), theirs()
+    )
+    with pytest.raises(graphpatch.Error, match="GP474"):
+        graphpatch.save_weights(applied, tmp_path)

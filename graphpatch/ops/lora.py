@@ -78,6 +78,12 @@ class Lora(Op):
 
     accepts: ClassVar = {
         "torch.nn.modules.linear.Linear": "graphpatch.rewrites.lora:LoraLinear",
+        # Linears of quantisation libraries that do not derive from it.
+        "hqq.core.quantize.HQQLinear": "graphpatch.rewrites.lora:LoraLinear",
+        "gptqmodel.nn_modules.qlinear.BaseQuantLinear": "graphpatch.rewrites.lora:LoraLinear",
+        "awq.modules.linear.gemm.WQLinear_GEMM": "graphpatch.rewrites.lora:LoraLinear",
+        "awq.modules.linear.gemv.WQLinear_GEMV": "graphpatch.rewrites.lora:LoraLinear",
+        "awq.modules.linear.gemv_fast.WQLinear_GEMVFast": "graphpatch.rewrites.lora:LoraLinear",
         "transformers.pytorch_utils.Conv1D": "graphpatch.rewrites.lora_conv1d:LoraConv1D",
         "torch.nn.modules.sparse.Embedding": "graphpatch.rewrites.lora_embedding:LoraEmbedding",
         "torch.nn.modules.conv.Conv1d": "graphpatch.rewrites.lora_convolution:LoraConvolution",

@@ -1,4 +1,4 @@
-"""LoRA on `nn.Linear` and what derives from it."""
+"""LoRA on `nn.Linear`, what derives from it, and the linears of quantisation libraries."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch.nn.functional import dropout, linear
 
 from ..ops.lora import Lora
 from ..ops.op import Op
-from .lora_base import Adapter, dense
+from .lora_base import Adapter
 from .lora_options import LoraOfWeight
 from .low_rank import LinearWithLowRank, add_low_rank, fusible, low_rank
+from .quantised import dequantised
 from .rewrite import InPlace
 
 
@@ -41,7 +42,7 @@ class LoraLinear(LoraOfWeight):
 
     @staticmethod
     def matrix(module: nn.Module) -> Tensor:
-        return dense(module.weight)  # type: ignore[arg-type]
+        return dequantised(module)
 
     def _add_all(self, output: Tensor, input: Tensor) -> Tensor:
         base = output

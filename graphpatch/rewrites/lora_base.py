@@ -190,9 +190,3 @@ class LoraModule(InPlace):
     def _update(self, adapter: Adapter, input: Tensor) -> Tensor:
         """What the factors give for this input: s B A z, with z the input after dropout."""
         raise NotImplementedError
-
-
-def dense(weight: Tensor) -> Tensor:
-    """The numbers that a weight stands for, where a tensor of another kind keeps them as codes (torchao's do)."""
-    known = type(weight).dequantize is not Tensor.dequantize
-    return weight.dequantize() if known else weight  # type: ignore[no-untyped-call]

@@ -28,7 +28,9 @@ def dequantised(module: nn.Module, name: str = "weight") -> Tensor:
         whole = getattr(module, "dequantize", None)  # HQQ's linears, which keep their codes under another name
         if name == "weight" and callable(whole):
             return cast(Tensor, whole())
-        raise _unreadable(module, name)
+        weight = getattr(module, name, None)  # a parametrization computes it, or a hook does
+        if not isinstance(weight, Tensor):
+            raise _unreadable(module, name)
     kind = _kind(weight)
     if kind is None:
         if weight.dtype in _CODES:

@@ -54,6 +54,8 @@ _MEANINGS = {
     "GP662": "weights of a checkpoint have another shape than the model's, its maps carried out",
     "GP663": "reading a checkpoint failed half-way",
     "GP660": "what `using` names does not exist, or does not fit what it is given",
+    "GP442": "the target of `rope.scale` is no rotary embedding",
+    "GP443": "the target checkpoints itself",
     "GP560": "the target of `norm.replace` is no norm of this kind",
     "GP561": "the epsilon of a norm is not to be found",
     "GP562": "the model caps its logits itself",

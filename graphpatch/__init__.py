@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .plan.ruleset import load as load
     from .plan.ruleset import parse as parse
     from .plan.select import select as select
+    from .rewrites.tap import taps as taps
     from .tree.tree import Tree as Tree
 
 __version__ = "0.1.0"
@@ -74,6 +75,7 @@ _HOME = {
     "save_adapter": "checkpoint.save",
     "save_weights": "checkpoint.mapped.load",
     "select": "plan.select",
+    "taps": "rewrites.tap",
     "to_peft": "checkpoint.peft.export",
     "validate_adapter": "checkpoint.readers.validate",
     "walk": "patch.walk",

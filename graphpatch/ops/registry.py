@@ -11,9 +11,12 @@ from .op import Op
 
 _BUILT_IN = {
     "activation": "graphpatch.ops.activation",
+    "adapter.bottleneck": "graphpatch.ops.bottleneck",
     "attention.causal": "graphpatch.ops.attention_window",
     "attention.scale": "graphpatch.ops.attention_scale",
     "attention.window": "graphpatch.ops.attention_window",
+    "checkpoint": "graphpatch.ops.checkpoint",
+    "dropout": "graphpatch.ops.dropout",
     "lora": "graphpatch.ops.lora",
     "norm.post": "graphpatch.ops.norm_post",
     "norm.replace": "graphpatch.ops.norm_replace",
@@ -21,10 +24,12 @@ _BUILT_IN = {
     "quantize.int8": "graphpatch.ops.quantize",
     "quantize.nf4": "graphpatch.ops.quantize",
     "replace": "graphpatch.ops.replace",
+    "rope.scale": "graphpatch.ops.rope_scale",
     "scale.output": "graphpatch.ops.scale",
     "set": "graphpatch.ops.set",
     "softcap.attention": "graphpatch.ops.softcap_attention",
     "softcap.output": "graphpatch.ops.softcap_output",
+    "tap": "graphpatch.ops.tap",
     "wrap": "graphpatch.ops.wrap",
 }
 """Where each op stands; imported when a rule first names it."""

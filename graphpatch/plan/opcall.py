@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..lang.diagnostics import Span
-from ..lang.syntax import OpCall
+from ..lang.syntax import Call, OpCall
 from ..ops.arguments import ArgumentError, UnknownOp, build
 from ..ops.op import Op
+from ..ops.registry import find
 from .scope import FileScope
 
 
@@ -17,9 +18,34 @@ def build_op(call: OpCall, scope: FileScope) -> Op:
 
     Raises `PlanError` with its place: GP201 unknown op, GP203 unknown argument, GP204 bad value.
     """
+    call = unfolded(call, scope)
     positional = [scope.value(arg.value) for arg in call.args if arg.name is None]
     named = {arg.name: scope.value(arg.value) for arg in call.args if arg.name is not None}
     return checked_build(call, scope, positional, named)
+
+
+def unfolded(call: OpCall, scope: FileScope) -> OpCall:
+    """`insert_after("output", adapter.bottleneck(dim=64))` is `adapter.bottleneck(dim=64)`, whose place is the output.
+
+    Raises `PlanError`: GP204 for another slot, or what does not act on outputs.
+    """
+    if call.name not in ("insert_after", "insert_before"):
+        return call
+    values = [arg.value for arg in call.args]
+    if call.name == "insert_before" or len(values) != 2 or not isinstance(values[1], Call):
+        say = 'write insert_after("output", adapter.bottleneck(dim=64)): a slot, and an op'
+        scope.fail("GP204", f'`{call.name}` takes the slot "output" and an op', call.span, say)
+    if scope.value(values[0]) != "output":
+        scope.fail("GP204", "the slot of a module that an op can follow is its output", values[0].span, '"output"')
+    inner = values[1]
+    op = find(inner.name)
+    if op is not None and op.level < _ON_OUTPUTS:
+        scope.fail("GP204", f"`{inner.name}` does not act on outputs", inner.span, f"write it alone: with {inner.name}")
+    return OpCall(name=inner.name, args=inner.args, span=inner.span, name_span=inner.span)
+
+
+_ON_OUTPUTS = 40
+"""The lowest level of ops that act on what a module puts out."""
 
 
 def checked_build(call: OpCall, scope: FileScope, positional: Sequence[Any], named: Mapping[str, Any]) -> Op:

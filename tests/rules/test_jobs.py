@@ -68,6 +68,10 @@ PLANNED: dict[str, tuple[Callable[[], graphpatch.Tree], int, int | None]] = {
     "first and last layers protected": (family("llama"), 28 * 7, None),
     "override of one layer": (family("llama"), 32, None),
     "odd names": (odd_names, 1, None),
+    "RoPE scaling": (family("llama"), 1, None),
+    "checkpoint every block": (family("llama"), 32, None),
+    "reverse and mixed spans": (family("llama"), 20, None),
+    "adapter after each MLP": (family("llama"), 32, None),
     "by layer type": (family("gemma2"), 13, None),
     "Gemma 2 from Llama": (family("llama"), 2 + 32 + 2 * 32 + 2 * 32 + 65, None),
 }

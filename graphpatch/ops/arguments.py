@@ -70,8 +70,10 @@ class ArgumentError(Exception):
 
 
 def arguments(cls: type[Op]) -> list[str]:
-    """The names of an op's arguments as a rule writes them, in the order in which positional ones fill them."""
-    return [field.alias or name for name, field in cls.model_fields.items()]
+    """The names of an op's arguments as a rule writes them, in the order in which positional ones fill them; those that
+    are `kw_only`, which mostly are found out and seldom given, come last."""
+    fields = sorted(cls.model_fields.items(), key=lambda item: bool(item[1].kw_only))
+    return [field.alias or name for name, field in fields]
 
 
 def build(name: str, positional: Sequence[Any], named: Mapping[str, Any]) -> Op:

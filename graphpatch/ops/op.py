@@ -6,7 +6,7 @@ How it is done stands in the file of the same name in `graphpatch/rewrites`, fou
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -32,6 +32,16 @@ class Target(NamedTuple):
     """That of the nearest enclosing module that has one."""
     dtype: str = "float32"
     """Of the first floating-point parameter at or below it, else of the model's."""
+
+    carrier: Signature | None = None
+    """Of the module above that carries the change, where the op names one (`Op.seat`)."""
+    path_in_seat: str | None = None
+    """The target's path in that; None where the target carries it itself."""
+
+    @property
+    def seat(self) -> Signature:
+        """The signature of the module that carries the change."""
+        return self.carrier or self.signature
 
     @property
     def tensor(self) -> Tensor | None:
@@ -91,6 +101,11 @@ class Op(BaseModel):
     def through(self, target: Target, row: str) -> str:
         """The import path of the rewrite for this target; `row` is what the table says for its class."""
         return row
+
+    def seat(self, above: Sequence[Signature]) -> int:
+        """Which module carries the change, of those from the root to the target: the target, unless said otherwise. A
+        head is named by the output layer, say, and stands on the model; `adds` and the rewrite are the model's."""
+        return len(above) - 1
 
     def check(self, target: Target) -> None:
         """Raise `Refusal` where these arguments cannot have their full effect on this target."""

@@ -17,6 +17,7 @@ from ..plan.freeze import FREEZE, LEAVE, TRAIN, Grads
 from ..rewrites.rewrite import Attributes, InPlace, Replacement, Weights
 from ..tree.tree import Mark, Signature, Tree
 from .change import AttributeChange, Change, ModuleChange, WeightChange
+from .config_change import ConfigChange
 from .drift import drifted
 from .fast_path import FastPathChange
 from .imports import brief, load_permitted, load_rewrite
@@ -117,6 +118,8 @@ class Preflight:
                     children=children,
                 )
             )
+        if mixin.config_values.__func__ is not InPlace.config_values.__func__:  # type: ignore[attr-defined]
+            changes += [ConfigChange(mark, module, mixin.config_values(entry, module)) for module in modules]
         return changes + self._fast_paths(step, mark)
 
     def _children(self, step: Step, mixin: type[InPlace], entry: Any, modules: Sequence[nn.Module]) -> tuple[str, ...]:

@@ -93,33 +93,54 @@ def steps(tree: Tree, draft: Draft, findings: list[Diagnostic]) -> list[Step]:
         groups.setdefault(key, []).append(node)
     merged: dict[tuple[int, str | None, Op, str, tuple[tuple[str, Tensor], ...]], Step] = {}
     refused: dict[tuple[str, tuple[str, ...], str], list[Hit]] = {}
-    for (signature, parent, parameter, config), nodes, tied, later in _by_ties(tree, groups):
+    seated = type(draft.op).seat is not Op.seat
+    units = _by_ties(tree, groups)
+    if seated:
+        units = ((key, [node], tied, later) for key, nodes, tied, later in units for node in nodes)
+    for (signature, parent, parameter, config), nodes, tied, later in units:
         facts = tree.signatures[signature]
         above = tree.signatures[parent] if parent >= 0 else None
         around = tree.configs[config] if config >= 0 else None
         dtype = _dtype(tree, nodes[0])
         target = Target(_path(tree, nodes[0]), facts, parameter, above, tied, later, around, dtype)
+        carriers = nodes
+        if seated:
+            carriers, target = _seated(tree, draft.op, nodes, target)
+            signature = tree.signature_of[carriers[0]]
         try:
             op = draft.op.resolved(target)
             rewrite = _rewrite(op, target, tree.has_classes)
             op.check(target)
             adds: dict[str, Tensor] = op.adds(target)
+            if seated and any(carriers[0] in step.nodes for step in merged.values()):
+                carrier = _path(tree, carriers[0]) or "^"
+                raise Refusal(f"`{carrier}` would carry it twice, for this and for another target", code="GP451")
         except Refusal as refusal:
             why = (str(refusal), tuple(refusal.fixes), refusal.code)
             refused.setdefault(why, []).extend(nodes if parameter is None else [(n, parameter) for n in nodes])
             continue
         alike = (signature, parameter, op, rewrite, tuple(adds.items()))
         if alike in merged:
-            merged[alike].nodes.extend(nodes)
+            merged[alike].nodes.extend(carriers)
             continue
         merged[alike] = Step(
-            op, draft.rule.where, draft.rule.label, nodes, parameter, rewrite, adds,
-            facts.cls or "?", op.after(target), op.represents(target),
+            op, draft.rule.where, draft.rule.label, carriers, parameter, rewrite, adds,
+            target.seat.cls or "?", op.after(target), op.represents(target),
         )  # fmt: skip
     for step in merged.values():
         step.nodes.sort()
     findings += _refusals(tree, draft, refused)
     return list(merged.values())
+
+
+def _seated(tree: Tree, op: Op, nodes: list[int], target: Target) -> tuple[list[int], Target]:
+    """The module that carries the change, where the op names another than its target, of which there is one."""
+    way = tree.ancestors(nodes[0])
+    at = op.seat([tree.signature(n) for n in way])
+    if way[at] == nodes[0]:
+        return nodes, target
+    path = ".".join(tree.names[n] for n in way[at + 1 :])
+    return [way[at]], target._replace(carrier=tree.signature(way[at]), path_in_seat=path)
 
 
 _Alike = tuple[int, int, str | None, int]

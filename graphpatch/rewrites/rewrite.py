@@ -64,6 +64,12 @@ class InPlace(_Module):
         return ()
 
     @classmethod
+    def config_values(cls, entry: Any, module: nn.Module) -> Mapping[str, Any]:
+        """Attributes of the module's `config` that say otherwise while the change is there. The config that others
+        share is left alone: the module, and those below it that have the same, get a copy."""
+        return {}
+
+    @classmethod
     def weighted(cls, entry: Any, weight: float) -> Any:
         """Of an adapter (an entry with a field `adapter`): the entry that adds `weight` times as much."""
         raise NotImplementedError

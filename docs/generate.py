@@ -76,6 +76,13 @@ _MEANINGS = {
     "GP644": "an adapter cannot be merged into a checkpoint, since it does something else than change weights",
     "GP645": "the model of a checkpoint has to be known, and transformers is not there or does not know it",
     "GP633": "a reader refuses the adapter, or misreads it",
+    "GP447": "a head cannot tell which hidden states of a model with an encoder and a decoder to read",
+    "GP448": "a head's target is neither a model nor its output layer",
+    "GP449": "how wide a model's hidden states are is not said",
+    "GP450": "a model has no pooler",
+    "GP451": "one module would carry an op twice, for two targets",
+    "GP570": "the target is not the model's output layer",
+    "GP575": "the model was built without a pooler",
 }
 """For codes whose titles are put together elsewhere."""
 

@@ -133,6 +133,7 @@ class InPlaceChange:
         refuse_class(module, lambda: named, self.mark.rule)
         # It takes no slot there: what else the module carries is free to come and go.
         change = InPlaceChange(self.mark._replace(slots=frozenset()), [node], [module], mixin, entry, ())
+        change.devices = [torch.device("meta")]  # of nothing: it adds none
         self.companions.append(change)
         change.do()
 

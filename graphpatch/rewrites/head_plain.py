@@ -81,7 +81,7 @@ class PlainScored(OnModel):
             return output
         head, at = self._head[0].score, self._head[0].at
         given, layer = self.named(args, kwargs), cast(LetThrough, self.get_submodule(at))
-        let_by, layer._let_by = layer._let_by, None
+        let_by = layer.__dict__.pop("_let_by", None)
         first = output[0] if isinstance(output, (tuple, list)) and output else output
         if let_by is None or first is not let_by:
             raise ApplyError(

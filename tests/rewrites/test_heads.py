@@ -94,7 +94,9 @@ def test_a_causal_model_with_the_head_is_the_sequence_classifier(family: str) ->
         same(theirs, ours, {"input_ids": IDS, "attention_mask": MASK, "labels": LABELS["single_label_classification"]})
     with torch.no_grad():
         assert torch.equal(ours(IDS).logits, theirs(IDS).logits)  # by pad_token_id
-        assert torch.equal(ours(IDS, attention_mask=MASK, return_dict=False)[0], theirs(IDS, attention_mask=MASK).logits)
+        assert torch.equal(
+            ours(IDS, attention_mask=MASK, return_dict=False)[0], theirs(IDS, attention_mask=MASK).logits
+        )
         embeds = ours.get_input_embeddings()(IDS[:1])
         assert torch.equal(ours(inputs_embeds=embeds).logits, theirs(inputs_embeds=embeds).logits)
 

@@ -66,6 +66,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/merge_memory.py
 	$(BIN)/python benchmarks/merge_disk.py
 	$(BIN)/python benchmarks/lightning_step.py
+	$(BIN)/python benchmarks/softcap.py
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py

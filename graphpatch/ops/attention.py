@@ -20,7 +20,7 @@ class AttentionOp(Op):
     level: ClassVar[int] = 5
 
     def through(self, target: Target, row: str) -> str:
-        of_library = target.signature.mro and target.signature.mro[0].startswith("transformers.")
+        of_library = any(name.startswith("transformers.models.") for name in target.signature.mro)
         configured = target.signature.config >= 0 or target.config is not None
         if row.endswith("SdpaAttention") and of_library and configured:
             return "graphpatch.rewrites.attention_transformers:TransformersAttention"

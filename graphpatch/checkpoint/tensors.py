@@ -16,10 +16,12 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ..lang.diagnostics import ApplyError, Diagnostic, Error
 from ..patch.change import ModuleChange
+from ..patch.original import originals
 from ..patch.patch import Patch
 from ..patch.record import Journal, journals_of
 from ..plan.freeze import TRAIN
 from ..plan.plan import Plan
+from ..rewrites.quantised import is_quantised
 from ..tree.tree import Tree
 
 Named = dict[str, torch.Tensor]
@@ -110,16 +112,19 @@ def tensor_at(place: Place) -> torch.Tensor | None:
 
 
 def content_hash(tree: Tree, without: Collection[str]) -> str:
-    """A hash of the bytes of all base parameters but those named in `without`. Raises `Error` (GP606)."""
+    """A hash of the bytes of all base parameters but those named in `without`: of one that a patch keeps as codes, of
+    what was there before. Raises `Error` (GP606)."""
     assert tree.modules is not None
-    found = sha256()
+    found, before = sha256(), originals(tree.modules[0])
     for node, module in enumerate(tree.modules):
         for name in tree.signature(node).parameters:
             key = _key(tree, node, name)
             if key in without or f"^{key}" in without or (node, name) in tree.first_of:
                 continue
             try:
-                value = whole(module._parameters[name])
+                value = whole(before.get((id(module), name), module._parameters[name]))
+                if is_quantised(value):
+                    raise TypeError
                 blocks = value.reshape(-1).view(torch.uint8).split(2**24)
                 found.update(f"{key} {value.dtype} {list(value.shape)}\n".encode())
                 for block in blocks:
@@ -128,7 +133,7 @@ def content_hash(tree: Tree, without: Collection[str]) -> str:
                 raise Error(
                     Diagnostic(
                         "GP606",
-                        f"the bytes of `{key}` cannot be hashed: it is on the meta device, or quantised",
+                        f"the bytes of `{key}` cannot be hashed: it is on the meta device, or kept as codes",
                         fixes=("save without hash_base",),
                     )
                 ) from None

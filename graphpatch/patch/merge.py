@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -28,6 +29,8 @@ from ..rewrites.merging import (
     working_dtype,
     workspace,
 )
+from .change import WeightChange
+from .coded import decoded, is_coded, put
 from .in_place import InPlaceChange
 from .mergeable import Weight, weights_of
 from .record import Journal, Merged, Place
@@ -41,10 +44,11 @@ def merge(root: nn.Module, journal: Journal, others: Sequence[Journal], keep: bo
         raise ApplyError(Diagnostic("GP531", "there is nothing to merge: this patch changes no weight"))
     kept: dict[int, Tensor] = {}
     begun: list[int] = []
+    _warn_of_codes(weights)
 
-    def put(at: int) -> None:
+    def do(at: int) -> None:
         if keep:
-            kept[at] = weights[at].tensor.to("cpu", copy=True)
+            kept[at] = _kept(weights[at].place)
         begun.append(at)
         _merge_into(weights[at])
 
@@ -52,13 +56,13 @@ def merge(root: nn.Module, journal: Journal, others: Sequence[Journal], keep: bo
         _each(weights, lambda at: _refuse_infinite(weights[at]))
         with _uninterrupted():
             try:
-                _each(weights, put)
+                _each(weights, do)
             except BaseException as error:
                 for at in kept:
-                    _write(weights[at].tensor, kept[at])
+                    _write(weights[at].place, kept[at])
                 raise _half_way(error, 0 if keep else len(begun)) from error
     number = 1 + max((other.merged.number for other in others if other.merged), default=0)
-    sums = [_sum(weight.tensor) for weight in weights] if keep else []
+    sums = [_sum(weight.place) for weight in weights] if keep else []
     places, paths = [weight.place for weight in weights], [weight.path for weight in weights]
     journal.merged = Merged(number, places, paths, [kept[at] for at in range(len(weights))] if keep else None, sums)
     _show(journal, merged=True)
@@ -72,19 +76,19 @@ def unmerge(
     merged = journal.merged
     assert merged is not None
     _refuse_later(merged, others)
-    live = {path: _live(place) for path, place in zip(merged.paths, merged.places)}
+    places = dict(zip(merged.paths, merged.places))
     with _uninterrupted():
         if base is not None:
-            read = base(live)
-            for path, tensor in live.items():
-                _write(tensor, read[path])
+            read = base({path: decoded(p) if is_coded(p) else _live(p) for path, p in places.items()})
+            for path, place in places.items():
+                _write(place, read[path])
             _merge_again(root, journal, others)
         elif merged.kept is None:
             raise _kept_nothing()
         else:
             _refuse_changed(merged)
-            for tensor, before in zip(live.values(), merged.kept):
-                _write(tensor, before)
+            for place, before in zip(merged.places, merged.kept):
+                _write(place, before)
         journal.merged = None
         _show(journal, merged=False)
 
@@ -101,8 +105,11 @@ def bake(root: nn.Module, journal: Journal, others: Sequence[Journal]) -> None:
     if merged is None:
         merge(root, journal, others, keep=False)
     journal.merged = None
-    # Weights that a loaded adapter brought belong to the result.
+    # Weights that a loaded adapter brought belong to the result, and so do codes.
     journal.changes = [change for change in journal.changes if not getattr(change, "brings_weights", False)]
+    for change in journal.changes:
+        if isinstance(change, WeightChange):
+            change.originals = []
 
 
 @contextmanager
@@ -116,16 +123,16 @@ def taken_out(journal: Journal, others: Sequence[Journal]) -> Iterator[None]:
     if merged.kept is None:
         raise _kept_nothing()
     _refuse_changed(merged)
-    live = [_live(place) for place in merged.places]
     # Both have the dtype that the model has by now, so that nothing is lost in passing.
-    merged.kept[:] = [before.to(tensor.dtype) for before, tensor in zip(merged.kept, live)]
+    merged.kept[:] = [
+        before if is_coded(place) else before.to(_live(place).dtype)
+        for place, before in zip(merged.places, merged.kept)
+    ]
     try:
-        for tensor, before in zip(live, merged.kept):
-            _exchange(tensor, before)
+        _exchange_all(merged)
         yield
     finally:
-        for tensor, before in zip(live, merged.kept):
-            _exchange(tensor, before)
+        _exchange_all(merged)
 
 
 # ── refusals ──
@@ -170,7 +177,7 @@ def _kept_nothing() -> ApplyError:
 
 def _refuse_changed(merged: Merged) -> None:
     for path, place, (dtype, total) in zip(merged.paths, merged.places, merged.sums):
-        now = _sum(_live(place))
+        now = _sum(place)
         if now[0] == dtype and now[1] != total:
             raise ApplyError(
                 Diagnostic(
@@ -183,7 +190,7 @@ def _refuse_changed(merged: Merged) -> None:
 
 
 def _refuse_infinite(weight: Weight) -> None:
-    tensor = weight.tensor
+    tensor = decoded(weight.place) if is_coded(weight.place) else weight.tensor
     largest = 0.0
     with _writable(tensor):
         matrix = tensor.reshape(-1, weight.mergings[0].columns)
@@ -253,12 +260,30 @@ def _each(weights: Sequence[Weight], do: Callable[[int], None]) -> None:
 
 
 def _merge_into(weight: Weight) -> None:
-    tensor = weight.tensor
+    coded = is_coded(weight.place)
+    tensor = decoded(weight.place).float() if coded else weight.tensor
     with _writable(tensor):
         matrix = tensor.reshape(-1, weight.mergings[0].columns)
         _merge_rows(weight, matrix, lambda start, rows: matrix[start : start + len(rows)].copy_(rows))
         if matrix.data_ptr() != tensor.data_ptr():  # its elements lie in another order (channels last), so it is a copy
             tensor.copy_(matrix.view(tensor.shape))
+        if coded:
+            put(weight.place, tensor)
+
+
+def _kept(place: Place) -> Tensor:
+    """What brings the weight there back to the bit."""
+    return place[0]._parameters[place[1]] if is_coded(place) else _live(place).to("cpu", copy=True)  # type: ignore[return-value]
+
+
+def _warn_of_codes(weights: Sequence[Weight]) -> None:
+    coded = [weight.path for weight in weights if is_coded(weight.place)]
+    if coded:
+        warnings.warn(
+            f"graphpatch: `{coded[0]}` and {len(coded) - 1} more are quantised, and are so again after merging: the "
+            "sum is rounded to codes anew, so outputs change a little. merge_checkpoint takes the base as it was.",
+            stacklevel=4,
+        )
 
 
 def _merge_rows(weight: Weight, matrix: Tensor, write: Callable[[int, Tensor], object]) -> None:
@@ -283,9 +308,24 @@ def _merge_again(root: nn.Module, journal: Journal, others: Sequence[Journal]) -
                 _merge_into(weight)
 
 
-def _write(tensor: Tensor, value: Tensor) -> None:
+def _write(place: Place, value: Tensor) -> None:
+    if is_coded(place):
+        put(place, value)
+        return
+    tensor = _live(place)
     with _writable(tensor):
         tensor.copy_(value)
+
+
+def _exchange_all(merged: Merged) -> None:
+    assert merged.kept is not None
+    for at, place in enumerate(merged.places):
+        if is_coded(place):
+            now = _kept(place)
+            put(place, merged.kept[at])
+            merged.kept[at] = now
+        else:
+            _exchange(_live(place), merged.kept[at])
 
 
 def _exchange(tensor: Tensor, other: Tensor) -> None:
@@ -296,8 +336,12 @@ def _exchange(tensor: Tensor, other: Tensor) -> None:
             theirs.copy_(before)
 
 
-def _sum(tensor: Tensor) -> tuple[torch.dtype, int]:
-    """A checksum of the bytes, as cheap as reading them; of a tensor in any layout."""
+def _sum(place: Place) -> tuple[torch.dtype, int]:
+    """A checksum of the bytes, as cheap as reading them; of a tensor in any layout. Codes are replaced as a whole, so
+    nothing is written into them in passing."""
+    tensor = _live(place)
+    if is_coded(place):
+        return tensor.dtype, 0
     with torch.no_grad():
         data = tensor.contiguous().view(-1).view(torch.uint8)
         if data.storage_offset() % 8:

@@ -10,7 +10,9 @@ from torch import Tensor, bfloat16, float16, float32, float64, nn
 
 from ..lang.diagnostics import ApplyError, Diagnostic
 from ..rewrites.merging import Merging, Unmergeable, in_order
-from .change import Change
+from ..rewrites.quantised import is_writable
+from .change import Change, WeightChange
+from .coded import is_coded
 from .fast_path import FastPathChange
 from .in_place import InPlaceChange
 from .record import Journal, Place, journals_of, roots
@@ -39,8 +41,8 @@ def weights_of(root: nn.Module, journal: Journal) -> list[Weight]:
     found: dict[tuple[int, str], Weight] = {}
     inside = set(root.modules())
     for change in journal.changes:
-        if isinstance(change, FastPathChange) or not change.modules:
-            continue  # a hook that does nothing; weights that a loaded adapter brought, which are where they belong
+        if isinstance(change, (FastPathChange, WeightChange)) or not change.modules:
+            continue  # a hook that does nothing; weights kept as codes, or that a loaded adapter brought
         if not isinstance(change, InPlaceChange):
             raise _cannot(journal.path(change.nodes[0]), change, "it is no change of a weight", _APART)
         for node, module in zip(change.nodes, change.modules):
@@ -121,6 +123,8 @@ def _refuse_unfit(weight: Weight) -> None:
         raise _unfit(weight, "it is on the meta device, and has no values", "load the weights first", _ON_DISK)
     if hasattr(tensor, "full_tensor"):
         raise _unfit(weight, "it is sharded, and this rank has a part of it alone", "merge before sharding", _ON_DISK)
+    if is_coded(weight.place) and is_writable(tensor):
+        return
     if tensor.dtype not in _FLOATS or type(tensor) not in (nn.Parameter, Tensor):
         holds = f"{type(tensor).__name__} of {str(tensor.dtype).removeprefix('torch.')}"
         raise _unfit(weight, f"it is quantised ({holds})", "merge into the base as it was before: " + _ON_DISK)

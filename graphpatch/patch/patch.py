@@ -152,9 +152,12 @@ class Patch:
         is bit-identical; without, nothing is kept, and `unmerge` wants the base's checkpoint. Each patch merges by
         itself; of several in the same weights, the last comes out first.
 
+        What a quantised weight stands for gains the update, and is quantised again with the same settings, which
+        rounds it: a warning says so. Another parameter stands there then; `unmerge` puts back the one that was.
+
         Raises `ApplyError`, and then nothing has changed: GP531 for an op that is no change of weights, and for weights
-        that are quantised, tied, sharded or on the meta device; GP532 where it is merged already; GP533 where a
-        weight would hold a NaN or an infinity.
+        that are tied, sharded, on the meta device, or in codes that cannot be made anew; GP532 where it is merged
+        already; GP533 where a weight would hold a NaN or an infinity; GP544 where a library refuses to quantise.
         """
         self._refuse_off("merge")
         if self.merged:
@@ -186,7 +189,7 @@ class Patch:
         Raises `ApplyError` as `merge` and `revert` do; then nothing has changed.
         """
         self._refuse_off("bake")
-        self._refuse_in_the_way()
+        self._refuse_in_the_way(back=False)
         bake(self.model, self._journal, self._others)
         undo(self.model, self._journal)
 
@@ -227,10 +230,12 @@ class Patch:
                     )
                 )
 
-    def _refuse_in_the_way(self) -> None:
-        """Raise where something done to the model since would be lost, or lost in silence."""
+    def _refuse_in_the_way(self, back: bool = True) -> None:
+        """Raise where something done to the model since would be lost, or lost in silence; `back` is whether the
+        original weights are wanted."""
         self._refuse_hanging()
-        self._refuse_let_go()
+        if back:
+            self._refuse_let_go()
         for change in self._journal.changes:
             if isinstance(change, InPlaceChange):
                 for at, module in enumerate(change.modules):

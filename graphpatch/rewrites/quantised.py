@@ -20,6 +20,12 @@ def is_quantised(tensor: Any) -> bool:
     return _kind(tensor) is not None or (isinstance(tensor, Tensor) and tensor.dtype in _CODES)
 
 
+def is_writable(tensor: Any) -> bool:
+    """Whether another value can be kept as this weight is: `requantised` knows how."""
+    kind = _kind(tensor)
+    return kind is not None and kind.write is not None
+
+
 def dequantised(module: nn.Module, name: str = "weight") -> Tensor:
     """What a module's weight stands for, dense, in the shape that the module computes with; the weight itself where it
     is not quantised. Raises `ApplyError` (GP543) for codes that nothing here can read."""

@@ -53,6 +53,7 @@ def test_the_weight_is_read_and_written(kind):
 @pytest.mark.parametrize("options", ["", ", dora=true"])
 def test_forward_and_gradients_are_pefts(kind, options):
     ours, theirs = model(kind), model(kind)
+    setattr(theirs, "is_loaded_in_8bit" if kind == "8bit" else "is_loaded_in_4bit", True)  # what PEFT goes by
     patch = graphpatch.apply(
         ours, graphpatch.parse(f"patch *:Linear with lora(rank=4, alpha=8{options})\nfreeze ** except @new")
     )
@@ -105,3 +106,32 @@ def test_starts_from_the_weight_that_the_codes_stand_for(kind, init):
         product = q[:, :4] @ r[:4]
     torch.testing.assert_close(ours[0].lora_B @ ours[0].lora_A, product, atol=1e-4, rtol=1e-3)
     patch.revert()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("called", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_it_has_pefts_codes_and_comes_out_to_the_bit(kind, called):
+    ours, theirs = model(kind), model(kind)
+    setattr(theirs, "is_loaded_in_8bit" if kind == "8bit" else "is_loaded_in_4bit", True)  # what PEFT goes by
+    x = torch.randn(3, 64)
+    patch = graphpatch.apply(ours, graphpatch.parse("patch *:Linear with lora(rank=4, alpha=8)\nfreeze ** except @new"))
+    other = peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0", "2"]))
+    with torch.no_grad():
+        for index in ("0", "2"):
+            one, two = ours.get_submodule(index), theirs.get_submodule(index)
+            two.lora_A["default"].weight.copy_(one.lora_A)
+            two.lora_B["default"].weight.copy_(one.lora_B.normal_(std=0.1))
+    if called:
+        ours(x)
+        theirs(x)
+    patch.merge()
+    other.merge_adapter()
+    torch.testing.assert_close(ours(x), other(x), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(dequantised(ours[0]), dequantised(theirs[0].base_layer), atol=1e-5, rtol=1e-4)
+    patch.unmerge()
+    twin = model(kind)
+    assert torch.equal(dequantised(ours[0]), dequantised(twin[0]))
+    patch.merge()
+    patch.revert()
+    assert torch.equal(ours(x), twin(x))

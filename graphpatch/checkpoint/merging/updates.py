@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...lang.diagnostics import Diagnostic, Error
+from ...ops.quantize import Quantize
 from ...patch.imports import load_rewrite
 from ...plan.plan import Plan, Step
 from ...rewrites.merging import Merging, Unmergeable, in_order
@@ -66,6 +67,8 @@ def planned_updates(what: str, plan: Plan, tensors: Mapping[str, torch.Tensor]) 
     first = {alias: one for one, aliases in names.items() for alias in aliases}
     used: set[str] = set()
     for step in plan.steps:
+        if isinstance(step.op, Quantize):
+            continue  # the files have the weight as it was before, which is better to merge into
         rewrite, entry = _rewrite(step)
         if step.op.shares and not step.adds:
             continue  # the weight is another module's first, and changes there

@@ -63,6 +63,17 @@ _OF_THE_HEAD = {"labels", "logits_to_keep", "num_items_in_batch", "return_dict",
 """Arguments that a model with a head takes, and that its body does not."""
 
 
+def check_pooler(pool: str, module: nn.Module) -> None:
+    """Raise `Refusal` (GP575) where a pooler is to be read that the model has not."""
+    body = module.base_model
+    if pool == "pooler" and getattr(body, "pooler", None) is None:
+        raise Refusal(
+            f"{type(body).__name__} was built without a pooler",
+            "build it with one: AutoModel.from_pretrained(...), and target the model, `^`",
+            code="GP575",
+        )
+
+
 class Scored(OnTransformers):
     """Scores sequences or tokens, in the place of what the model's own head does."""
 
@@ -87,13 +98,7 @@ class Scored(OnTransformers):
     @classmethod
     def check(cls, entry: Scoring, module: nn.Module) -> None:
         check_output_layer(module, entry.at)
-        body = module.base_model
-        if entry.score.pool == "pooler" and getattr(body, "pooler", None) is None:
-            raise Refusal(
-                f"{type(body).__name__} was built without a pooler",
-                "build it with one: AutoModel.from_pretrained(...), and target the model, `^`",
-                code="GP575",
-            )
+        check_pooler(entry.score.pool, module)
 
     @classmethod
     def config_values(cls, entry: Scoring, module: nn.Module) -> Mapping[str, Any]:

@@ -73,6 +73,9 @@ PLANNED: dict[str, tuple[Callable[[], graphpatch.Tree], int, int | None]] = {
     "reverse and mixed spans": (family("llama"), 20, None),
     "adapter after each MLP": (family("llama"), 32, None),
     "by layer type": (family("gemma2"), 13, None),
+    "classification head swap": (family("llama"), 1, 3 * 4096),
+    "value head": (family("llama"), 1, None),
+    "BERT sentence encoder": (family("bert"), 1, None),
     "Gemma 2 from Llama": (family("llama"), 2 + 32 + 2 * 32 + 2 * 32 + 65, None),
 }
 
@@ -85,9 +88,13 @@ def test_every_job_parses(job: str) -> None:
 @pytest.mark.parametrize("job", PLANNED)
 def test_a_job_plans_on_a_model_it_is_meant_for(job: str) -> None:
     model, changes, trainable = PLANNED[job]
-    plan = graphpatch.parse(JOBS[job]).plan(model())
+    plan = graphpatch.parse(JOBS[job], **PARAMS.get(job, {})).plan(model())
     assert len(plan.changes) == changes
     assert trainable is None or plan.trainable == trainable
+
+
+PARAMS = {"classification head swap": {"labels": 3}}
+"""Of jobs whose params have no default."""
 
 
 def test_a_job_that_is_not_planned_names_an_op_that_is_to_come() -> None:

@@ -1,4 +1,4 @@
-"""What softcapped attention costs, forward and backward, by kind of attention and backend, beside Transformers' Gemma 2.
+"""What capped attention costs, forward and backward, by kind of attention and backend, beside Transformers' Gemma 2.
 
     python benchmarks/softcap.py [--lengths 512 2048] [--repeats 5] [--quick]
 
@@ -27,7 +27,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 import graphpatch
 
 HEADS, WIDTH, CAP = 8, 64, 50.0
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": HEADS * WIDTH, "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "head_dim": WIDTH,
     "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 8,
 }  # fmt: skip

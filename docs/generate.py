@@ -56,6 +56,7 @@ _MEANINGS = {
     "GP660": "what `using` names does not exist, or does not fit what it is given",
     "GP442": "the target of `rope.scale` is no rotary embedding",
     "GP443": "the target checkpoints itself",
+    "GP555": "the target of `qk_norm` projects by no `q_proj` and `k_proj`",
     "GP560": "the target of `norm.replace` is no norm of this kind",
     "GP561": "the epsilon of a norm is not to be found",
     "GP562": "the model caps its logits itself",

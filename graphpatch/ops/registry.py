@@ -26,6 +26,7 @@ _BUILT_IN = {
     "lora": "graphpatch.ops.lora",
     "norm.post": "graphpatch.ops.norm_post",
     "norm.replace": "graphpatch.ops.norm_replace",
+    "qk_norm": "graphpatch.ops.qk_norm",
     "quantize.int4": "graphpatch.ops.quantize",
     "quantize.int8": "graphpatch.ops.quantize",
     "quantize.nf4": "graphpatch.ops.quantize",

@@ -49,11 +49,11 @@ def variants(length: int) -> dict[str, Callable[[Tensor], Tensor]]:
     mask = torch.zeros(1, 1, length, length).masked_fill(hidden, torch.finfo(torch.float32).min)
 
     def peer(backend: str) -> Any:
-        config: Any = Gemma2Config(**SIZES, attn_logit_softcapping=CAP, attn_implementation=backend)
+        config: Any = Gemma2Config(**{**SIZES, "attn_logit_softcapping": CAP, "attn_implementation": backend})
         return Gemma2Attention(config, 0)
 
     def llama(backend: str) -> Any:
-        config: Any = LlamaConfig(**SIZES, attn_implementation=backend)
+        config: Any = LlamaConfig(**{**SIZES, "attn_implementation": backend})
         return LlamaAttention(config, 0)
 
     gemma, eager, sdpa = peer("eager"), llama("eager"), llama("sdpa")

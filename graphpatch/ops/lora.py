@@ -11,7 +11,7 @@ from .arguments import Count, Flag, Real, Share, Text
 from .calls import refuse_uncalled
 from .lora_attention import ATTENTION, FUSED, SEPARATE, attention_shapes, is_separate
 from .lora_experts import STACKS, row_of, stack
-from .lora_options import LINEAR, OF_THE_WEIGHT, TIED, check_options
+from .lora_options import DIVIDE, LINEAR, OF_THE_WEIGHT, TIED, check_options
 from .lora_parts import with_layout
 from .lora_shapes import EXACT, Shape, factor_shapes
 from .op import Op, Refusal, Target
@@ -69,11 +69,16 @@ class Lora(Op):
     nothing is to be put back, base checkpoints fit, and the whole is a plain LoRA of twice the rank. With
     `init="orthogonal"` both factors are random, and B A = 0. With `init="eva"`, A starts from the principal directions
     of the inputs that `apply(model, rules, batches=...)` lets it see; ranks are not shared out anew, as PEFT can.
+    `init="loftq"` is for a weight that is quantised: s B A starts from the principal part of what quantising took from
+    it, the best that a low rank can give back, so the model starts nearer to the one before. The weight as it was must
+    be at hand, as in `quantize.nf4() then lora(rank=16, init="loftq")` and, in a later rule file, where it was kept.
+    That is one step of LoftQ, the default of PEFT; more would change the codes, which then were no longer those that
+    the base is quantised to wherever the adapter is loaded.
 
     Hu et al., LoRA, arXiv:2106.09685, section 4.1. Kalajdzievski, rsLoRA, arXiv:2312.03732, section 3. Liu et al.,
     DoRA, arXiv:2402.09353, section 4. Meng et al., PiSSA, arXiv:2404.02948. Büyükakyüz, OLoRA, arXiv:2406.01775.
-    Paischer et al., EVA, arXiv:2410.07170. Embeddings and convolutions as in PEFT 0.21, peft/tuners/lora/layer.py, but
-    for groups and dropout on embeddings.
+    Paischer et al., EVA, arXiv:2410.07170. Li et al., LoftQ, arXiv:2310.08659, algorithm 1 with T = 1. Embeddings and
+    convolutions as in PEFT 0.21, peft/tuners/lora/layer.py, but for groups and dropout on embeddings.
     """
 
     accepts: ClassVar = {
@@ -105,7 +110,7 @@ class Lora(Op):
     """The numerator of the scale; where none is given it is the rank, so the scale is 1."""
     dropout: Share = 0.0
     use_rslora: Flag = False
-    init: Literal["kaiming", "gaussian", "pissa", "olora", "orthogonal", "eva"] = "kaiming"
+    init: Literal["kaiming", "gaussian", "pissa", "olora", "orthogonal", "eva", "loftq"] = "kaiming"
     """Of A: uniform in +-1/sqrt(in), as `nn.Linear` has it (in: times the kernel's size in a convolution), or normal
     with a deviation of 1/rank; or one of those told of above, for linears. Embeddings have one of their own."""
     dtype: Literal["float64", "float32", "bfloat16", "float16"] | None = None
@@ -140,7 +145,7 @@ class Lora(Op):
     def _agrees(self) -> Lora:
         if self.iterations is not None and self.init != "pissa":
             raise ValueError('`iterations` has an effect with init="pissa" alone')
-        if self.init in OF_THE_WEIGHT and self.scale <= 0:
+        if self.init in DIVIDE and self.scale <= 0:
             raise ValueError(f'init="{self.init}" divides the weight by the scale, so alpha must be above 0')
         if self.init == "orthogonal" and self.rank % 2:
             raise ValueError(f'init="orthogonal" halves the rank, and {self.rank} is odd')

@@ -22,6 +22,8 @@ DORA = LINEAR | EMBEDDING | CONVOLUTION
 BIAS = LINEAR | CONVOLUTION | TRANSPOSED_CONVOLUTION
 OF_ANY = frozenset({"kaiming", "gaussian"})
 """The values of `init` that ask nothing of the target; the others are for one matrix."""
+DIVIDE = frozenset({"pissa", "olora", "loftq"})
+"""The values of `init` that give B A a value, which the scale multiplies."""
 OF_THE_WEIGHT = frozenset({"pissa", "olora"})
 """The values of `init` that take a part out of the weight, so that what they started from must be remembered."""
 

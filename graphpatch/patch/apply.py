@@ -14,6 +14,7 @@ from torch import nn
 from ..lang.diagnostics import ApplyError, Diagnostic, Error
 from ..tree.collection import no_collection
 from ..tree.tree import Tree
+from .approach import approach, refuse_unknown
 from .change import Change, ModuleChange, WeightChange
 from .drift import bind, unwrapped
 from .grads import set_flags, set_single_flags
@@ -104,6 +105,7 @@ def _carry_out(
     refuse_selected(model)
     refuse_distributed(model, tree, nodes)
     changes = Preflight(plan.id, tree, plan.grads, allow_import, fresh, initialise).changes(plan.steps)
+    refuse_unknown(changes, root, tree.paths)
     observe(model, changes, batches, tree.paths)
     _join(changes, root)
 
@@ -123,7 +125,8 @@ def _carry_out(
                 set_single_flags(tree, plan.grads, journal.flags)
             elif anew:
                 _freeze_anew(plan, tree, root, journal, before)
-        root.__dict__[JOURNALS] = [*journals_of(root), journal]
+            root.__dict__[JOURNALS] = [*journals_of(root), journal]
+            approach(changes, root)
         for change in changes:
             if isinstance(change, WeightChange):
                 change.settle()

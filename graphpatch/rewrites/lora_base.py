@@ -139,6 +139,10 @@ class LoraModule(InPlace):
     def learn(cls, entry: Adapter, tensors: Mapping[str, Tensor], seen: Seen) -> None:
         tensors[entry.a].copy_(seen.directions[: entry.rank])
 
+    @classmethod
+    def approaches(cls, entry: Adapter) -> bool:
+        return entry.init == "loftq"
+
     @staticmethod
     def matrix(module: nn.Module) -> Tensor:
         """The module's weight as (out, in), of a kind that has one."""

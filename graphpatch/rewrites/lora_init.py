@@ -75,4 +75,6 @@ STARTS: dict[str, Start] = {
     "orthogonal": orthogonal,
     # Of A; the rows that data give stand there afterwards (patch/observe.py).
     "eva": kaiming,
+    # Of both; what quantising took from the weight gives others, once it is known (patch/approach.py).
+    "loftq": kaiming,
 }

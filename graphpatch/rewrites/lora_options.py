@@ -8,11 +8,12 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import dropout
 
 from .dora import ColumnsToLengths, RowsToLengths, gain
 from .lora_base import Adapter, LoraModule
+from .lora_init import pissa
 from .merging import LowRank, Merging, Unmergeable
 
 
@@ -40,6 +41,15 @@ class LoraOfWeight(LoraModule):
             )
         bias = tensors[entry.bias]
         return {"weight": gained, "bias": LowRank.of(bias[:, None], torch.ones_like(bias[:1, None]), entry.scale)}
+
+    @classmethod
+    def approach(cls, entry: Adapter, tensors: Mapping[str, Tensor], module: nn.Module, original: Tensor) -> None:
+        """s B A the principal part of what quantising took from the weight."""
+        wide = torch.promote_types(original.dtype, torch.float32)
+        lost = (original.t() if cls.transposed else original).to(wide) - cls.matrix(module).to(wide)
+        pissa(tensors[entry.a], tensors[entry.b], entry.scale, lambda: lost, None)
+        if entry.magnitude:
+            tensors[entry.magnitude].copy_(cls.row_norms(entry, tensors.__getitem__, module))
 
     @classmethod
     def _gained(cls, a: Tensor, b: Tensor, scale: float, shape: tuple[int, ...]) -> LowRank:

@@ -101,6 +101,17 @@ class InPlace(_Module):
         """After `initialise`: fill what the observer's last state tells of."""
 
     @classmethod
+    def approaches(cls, entry: Any) -> bool:
+        """Whether `approach` shall be called: it starts from what a quantised weight was before."""
+        return False
+
+    @classmethod
+    def approach(
+        cls, entry: Any, tensors: Mapping[str, torch.Tensor], module: nn.Module, original: torch.Tensor
+    ) -> None:
+        """After `initialise`: fill what the `original` of the module's quantised weight tells of."""
+
+    @classmethod
     def merging(
         cls, entry: Any, tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]
     ) -> Mapping[str, Merging]:

@@ -35,13 +35,15 @@ class ScoreHead(Head):
 
     on_transformers: ClassVar[str] = "graphpatch.rewrites.head_transformers:Scored"
     on_others: ClassVar[str] = "graphpatch.rewrites.head_plain:PlainScored"
+    idles: ClassVar[bool] = True
 
     @property
     def score(self) -> Score:
         raise NotImplementedError
 
     def slots(self) -> frozenset[str]:
-        return frozenset({"head"})
+        # The model's own output is not computed any more, so nothing can stand beside it.
+        return frozenset({"head", "head.value", "head.embed"})
 
     def check(self, target: Target) -> None:
         super().check(target)

@@ -80,6 +80,8 @@ class Op(BaseModel):
     symbol: ClassVar[Literal["~", "+", "-/+"]] = "~"
     exclusive: ClassVar[bool] = False
     """True for ops that replace, wrap or drop the module: no other op may touch the node or anything below it."""
+    idles: ClassVar[bool] = False
+    """True where the target is not called any more, so that another op on it would do nothing."""
     exact_at_init: ClassVar[bool] = False
     """True where the patched model computes bit for bit what the original did until it is trained."""
     merges: ClassVar[bool] = False

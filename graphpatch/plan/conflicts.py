@@ -65,7 +65,8 @@ def _shared(tree: Tree, drafts: Sequence[Draft]) -> Iterable[Diagnostic]:
 
 
 def _collide(one: Draft, other: Draft) -> bool:
-    return one.op.exclusive or other.op.exclusive or bool(one.op.slots() & other.op.slots())
+    alone = one.op.exclusive or other.op.exclusive or one.op.idles or other.op.idles
+    return alone or bool(one.op.slots() & other.op.slots())
 
 
 def _conflict(tree: Tree, one: Draft, other: Draft, hits: Sequence[Hit]) -> Diagnostic:

@@ -50,17 +50,20 @@ class OnModel(InPlace):
 
 
 def check_output_layer(module: nn.Module, at: str | None) -> None:
-    """Raise `Refusal` where what stands at `at` is not the output layer of a model of Transformers, or carries an op
-    that would have no effect there."""
-    if at is None:
-        return
-    layer = layer_at(module, at)
+    """Raise `Refusal` (GP570) where what stands at `at` is not the output layer of a model of Transformers, or where
+    that carries an op, which would have no effect any more."""
     own = module.get_output_embeddings()  # type: ignore[operator]
-    if own is not layer:
+    if at is not None and own is not layer_at(module, at):
         named = next((name for name, child in module.named_modules() if child is own), "none")
         raise Refusal(
             f"`{at}` is not the output layer of {type(module).__name__}, which is {named}",
             "target the model, `^`, instead of a layer",
+            code="GP570",
+        )
+    if own is not None and getattr(type(own), "_graphpatch_mixins", ()):
+        raise Refusal(
+            f"the output layer, {type(own).__name__}, was patched before, and would not be called any more",
+            "revert that patch first",
             code="GP570",
         )
 

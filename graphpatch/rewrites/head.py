@@ -60,7 +60,7 @@ def check_output_layer(module: nn.Module, at: str | None) -> None:
             "target the model, `^`, instead of a layer",
             code="GP570",
         )
-    if own is not None and getattr(type(own), "_graphpatch_mixins", ()):
+    if own is not None and hasattr(type(own), "_graphpatch_mixins"):
         raise Refusal(
             f"the output layer, {type(own).__name__}, was patched before, and would not be called any more",
             "revert that patch first",

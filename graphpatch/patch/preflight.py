@@ -14,6 +14,7 @@ from torch.nn.modules import module as torch_module
 from ..lang.diagnostics import ApplyError, Diagnostic, Error
 from ..ops.op import Refusal
 from ..plan.freeze import FREEZE, LEAVE, TRAIN, Grads
+from ..rewrites.quantised import is_quantised
 from ..rewrites.rewrite import Attributes, InPlace, Replacement, Weights
 from ..tree.tree import Mark, Signature, Tree
 from .change import AttributeChange, Change, ModuleChange, WeightChange
@@ -225,6 +226,10 @@ class Preflight:
             if self._look(step, modules, set(), at).type == "meta":
                 why = f"`{self._path(step, at)}` is on the meta device, and has no values"
                 raise _error("GP542", why, step, fix="load the base's weights first; a plan needs none")
+            weight = modules[at]._parameters.get("weight")
+            if is_quantised(weight):  # a tree has only the dtype that it computes in
+                why = f"the weight of `{self._path(step, at)}` is quantised already ({type(weight).__name__})"
+                raise _error("GP462", why, step, fix="leave it out: lora(...) alone takes a quantised base as it is")
         return WeightChange(mark, step.nodes, modules, partial(rewrite.values, step.op), rewrite.keeps(step.op))
 
     def _replacement(self, step: Step, rewrite: type[Replacement], mark: Mark) -> Change:

@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 from torch import nn
-from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
+from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerGroup
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
@@ -150,3 +150,13 @@ def test_a_parametrised_weight_is_the_one_that_it_computes():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(12, 10)))
     graphpatch.apply(model, graphpatch.parse("patch ^0 with lora(rank=3, dora=true)\nfreeze ** except @new"))
     torch.testing.assert_close(model[0].lora_magnitude, model[0].weight.norm(dim=1))
+
+
+def test_a_base_that_is_quantised_already_is_not_quantised_again():
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 32))
+    quantize_(model, Int8WeightOnlyConfig(), lambda module, name: name == "1")
+    before = dict(model.named_parameters())
+    with pytest.raises(graphpatch.ApplyError) as caught:
+        graphpatch.apply(model, graphpatch.parse("patch *:Linear with quantize.int8()\nfreeze **"))
+    assert caught.value.code == "GP462" and "`1`" in str(caught.value)
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())

@@ -43,7 +43,7 @@ class ScoreHead(Head):
 
     def slots(self) -> frozenset[str]:
         # The model's own output is not computed any more, so nothing can stand beside it.
-        return frozenset({"head", "head.value", "head.embed"})
+        return frozenset({"head", "head.value", "head.embed", "head.medusa"})
 
     def check(self, target: Target) -> None:
         super().check(target)

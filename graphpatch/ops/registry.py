@@ -19,6 +19,7 @@ _BUILT_IN = {
     "dropout": "graphpatch.ops.dropout",
     "head.classify": "graphpatch.ops.head_classify",
     "head.embed": "graphpatch.ops.head_beside",
+    "head.medusa": "graphpatch.ops.head_medusa",
     "head.regress": "graphpatch.ops.head_classify",
     "head.reward": "graphpatch.ops.head_classify",
     "head.token_classify": "graphpatch.ops.head_classify",

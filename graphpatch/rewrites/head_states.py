@@ -29,7 +29,8 @@ class Keeping(InPlace):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
         for keep in self._keeping:
-            setattr(self, keep.name, output[0])
+            if hasattr(self, keep.name):  # the model above asked: called by itself, the body keeps nothing
+                setattr(self, keep.name, output[0])
         return output
 
 
@@ -47,6 +48,8 @@ class WithStates(OnTransformers):
         said = given.pop("return_dict", None)
         as_tuple = said is False or (said is None and cast(Any, self.config).return_dict is False)
         body, name = cast(nn.Module, self.base_model), f"{self.entries}_states"
+        if body is not self:
+            setattr(body, name, None)
         try:
             output = super().forward(**given, return_dict=True)
             states = output.last_hidden_state if body is self else getattr(body, name)

@@ -57,6 +57,7 @@ _MEANINGS = {
     "GP442": "the target of `rope.scale` is no rotary embedding",
     "GP443": "the target checkpoints itself",
     "GP555": "the target of `qk_norm` projects by no `q_proj` and `k_proj`",
+    "GP580": "`layers.drop` names a layer that is not there, or all of them",
     "GP560": "the target of `norm.replace` is no norm of this kind",
     "GP561": "the epsilon of a norm is not to be found",
     "GP562": "the model caps its logits itself",

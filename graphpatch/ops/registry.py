@@ -24,6 +24,7 @@ _BUILT_IN = {
     "head.reward": "graphpatch.ops.head_classify",
     "head.token_classify": "graphpatch.ops.head_classify",
     "head.value": "graphpatch.ops.head_beside",
+    "layers.drop": "graphpatch.ops.layers_drop",
     "lora": "graphpatch.ops.lora",
     "norm.post": "graphpatch.ops.norm_post",
     "norm.replace": "graphpatch.ops.norm_replace",

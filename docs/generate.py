@@ -33,6 +33,7 @@ _FAMILIES = {
     "6": "An adapter cannot be written, read or loaded",
     "7": "The command line: what was asked for cannot be tried",
     "8": "Under Lightning, something would go wrong in silence",
+    "9": "megatron-core: a model whose layers are sharded over ranks",
 }
 _MEANINGS = {
     "GP100": "the file is too large, or no text in UTF-8",

@@ -1,0 +1,170 @@
+"""A tiny GPTModel whose weights are the same function of the layout of ranks: each is drawn whole, by its global name."""
+
+from __future__ import annotations
+
+import inspect
+import zlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import nn
+
+VOCABULARY, LENGTH, BATCH = 96, 12, 2
+
+
+class RMSNorm(nn.Module):
+    """What megatron's spec takes as a norm, with the mark that sequence parallelism asks for."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-6, **_: Any):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+def config(**changes: Any) -> TransformerConfig:
+    """hidden 64, 4 layers, 4 heads and 2 groups of 24 (so that 4 x 24 is not 64), gated 112."""
+    defaults: dict[str, Any] = {
+        "num_layers": 4,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "kv_channels": 24,
+        "ffn_hidden_size": 112,
+        "gated_linear_unit": True,
+        "activation_func": partial(nn.functional.gelu, approximate="tanh"),
+        "normalization": "RMSNorm",
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "use_cpu_initialization": True,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "params_dtype": torch.float32,
+        "pipeline_dtype": torch.float32,
+        "batch_p2p_sync": False,
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "virtual_pipeline_model_parallel_size": parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+        "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
+        "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size(),
+    }
+    known = inspect.signature(TransformerConfig).parameters
+    return TransformerConfig(**{k: v for k, v in {**defaults, **changes}.items() if k in known})
+
+
+def gpt(tied: bool = False, vp_stage: int | None = None, gather: bool = False, **changes: Any) -> GPTModel:
+    """This rank's part of the model (of a virtual stage, where one is given)."""
+    made = config(**changes)
+    layer = get_gpt_layer_local_spec(
+        num_experts=made.num_moe_experts, moe_grouped_gemm=False, normalization="LayerNorm"
+    )
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    count = _layers_here(made, vp_stage)
+    model = GPTModel(
+        config=made,
+        transformer_layer_spec=TransformerBlockSubmodules([layer] * count, RMSNorm),
+        vocab_size=VOCABULARY,
+        max_sequence_length=64,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        parallel_output=not gather,
+        share_embeddings_and_output_weights=tied,
+        position_embedding_type="rope",
+        vp_stage=vp_stage,
+    )
+    fill(model)
+    return model
+
+
+def _layers_here(made: TransformerConfig, vp_stage: int | None) -> int:
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+
+    return int(get_num_layers_to_build(made, vp_stage=vp_stage))
+
+
+def global_name(model: nn.Module, name: str) -> str:
+    """A parameter's name with the number that its layer and its expert have in the whole model."""
+    parts = name.removeprefix("module.").split(".")
+    for at, part in enumerate(parts):
+        above = model.get_submodule(".".join(name.split(".")[: at + name.startswith("module.")])) if at else None
+        if part.isdigit() and above is not None:
+            layer = above[int(part)]
+            if isinstance(layer, TransformerLayer):
+                parts[at] = str(layer.layer_number - 1)
+            elif at and parts[at - 1] == "local_experts":
+                parts[at] = str(parallel_state.get_expert_model_parallel_rank() * len(above) + int(part))
+    return ".".join(parts)
+
+
+def fill(model: nn.Module, only: Callable[[str], bool] = lambda name: True, seed: int = 0) -> None:
+    """Give parameters values that depend on their global name alone, each rank its shard of the whole."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if only(name):
+                whole_name = global_name(model, name)
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}{whole_name}".encode()))
+                whole = torch.randn(whole_shape(parameter), generator=generator) * 0.1
+                if name.endswith(("norm.weight", "lora_magnitude")):
+                    whole = 1 + whole
+                parameter.copy_(shard(parameter, whole))
+
+
+def _group(parameter: nn.Parameter) -> tuple[int, int]:
+    """The rank and the size of the group that shares a sharded parameter; one of one for another."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return 0, 1
+    if getattr(parameter, "of_expert", False):
+        group = parallel_state.get_expert_tensor_parallel_group()
+    else:
+        group = parallel_state.get_tensor_model_parallel_group()
+    return group.rank(), group.size()
+
+
+def whole_shape(parameter: nn.Parameter) -> list[int]:
+    shape = list(parameter.shape)
+    _, size = _group(parameter)
+    if size > 1:
+        shape[parameter.partition_dim] *= size  # type: ignore[attr-defined]
+    return shape
+
+
+def shard(parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
+    """This rank's part, as `partition_dim` and `partition_stride` say."""
+    rank, size = _group(parameter)
+    if size == 1:
+        return whole
+    dim, stride = parameter.partition_dim, parameter.partition_stride  # type: ignore[attr-defined]
+    return torch.cat(whole.chunk(size * stride, dim)[rank::size], dim)
+
+
+def gathered(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+    """The whole of something (a gradient) that is sharded as a parameter is."""
+    _, size = _group(parameter)
+    if size == 1:
+        return value.detach().clone()
+    expert = getattr(parameter, "of_expert", False)
+    group = (
+        parallel_state.get_expert_tensor_parallel_group()
+        if expert
+        else parallel_state.get_tensor_model_parallel_group()
+    )
+    parts = [torch.empty_like(value) for _ in range(size)]
+    torch.distributed.all_gather(parts, value.detach().contiguous(), group=group)
+    dim, stride = parameter.partition_dim, parameter.partition_stride  # type: ignore[attr-defined]
+    pieces = [part.chunk(stride, dim) for part in parts]
+    return torch.cat([pieces[r][s] for s in range(stride) for r in range(size)], dim)

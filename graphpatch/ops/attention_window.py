@@ -21,6 +21,9 @@ class AttentionWindow(AttentionOp):
 
     size: Count | None
 
+    def after(self, target: Target) -> str:
+        return super().after(target) if self.size is not None else target.signature.cls
+
     def check(self, target: Target) -> None:
         super().check(target)
         there = target.signature.attributes.get("sliding_window")

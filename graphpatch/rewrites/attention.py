@@ -50,11 +50,6 @@ class Attention(InPlace):
         return Wishes(**{wish.name: wish.value for wish in self._attention_wishes})
 
 
-def capped(scores: Tensor, cap: float | None) -> Tensor:
-    """cap * tanh(scores / cap), in the order of Transformers' Gemma 2."""
-    return scores if cap is None else torch.tanh(scores / cap) * cap
-
-
 def allowed(queries: Tensor, keys: int, wishes: Wishes) -> Tensor:
     """Which keys each query may see by window and causality (... x queries x keys), from the queries' places among
     the keys."""
@@ -65,6 +60,11 @@ def allowed(queries: Tensor, keys: int, wishes: Wishes) -> Tensor:
     if wishes.size is not None:
         seen = seen & (distance < wishes.size) & (distance > -wishes.size)
     return seen
+
+
+def narrowed(mask: Tensor, seen: Tensor) -> Tensor:
+    """The mask, of either kind, less what is not `seen`."""
+    return mask & seen if mask.dtype == torch.bool else torch.where(seen, mask, torch.finfo(mask.dtype).min)
 
 
 def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..lang.diagnostics import ApplyError, Diagnostic
-from .attention import Attention, Wishes, allowed, as_bias, capped
+from .attention import Attention, Wishes, allowed, as_bias, narrowed
+from .softcap_output import softcapped
 
 
 class SdpaAttention(Attention):
@@ -72,7 +73,7 @@ def attention(
         times = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(times, -3), value.repeat_interleave(times, -3)
     scores = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-    scores = capped(scores, wishes.cap)
+    scores = softcapped(scores, wishes.cap)
     if attn_mask is not None:
         scores = scores + as_bias(attn_mask, scores.dtype)
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
@@ -91,6 +92,4 @@ def _masked(query: Tensor, key: Tensor, mask: Tensor | None, wishes: Wishes, ope
         )
     # With a cache the queries are the last of the keys.
     seen = allowed(torch.arange(queries, device=query.device) + (keys - queries), keys, wishes)
-    if mask is None:
-        return seen
-    return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+    return seen if mask is None else narrowed(mask, seen)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import Attention, Wishes, allowed, as_bias, capped
+from .attention import Attention, Wishes, allowed, as_bias, narrowed
+from .softcap_output import softcapped
 
 
 class TorchAttention(Attention):
@@ -80,7 +81,7 @@ def _attend(
         k, v = (torch.cat([x, x.new_zeros(batch, heads, 1, width)], 2) for x in (k, v))
     scores = q @ k.transpose(-2, -1) * (width**-0.5 if wishes.by is None else wishes.by)
     bias = _bias(scores, padding, mask, is_causal, given, wishes, heads)
-    scores = capped(scores, wishes.cap)
+    scores = scores if wishes.cap is None else softcapped(scores, wishes.cap)
     # The keys that the module adds itself are seen by all.
     scores = scores if bias is None else scores + F.pad(bias, (0, k.shape[2] - given))
     weights = F.dropout(scores.softmax(-1), module.dropout, module.training)
@@ -113,6 +114,5 @@ def _bias(
     if wishes.masks or (is_causal and mask is None):
         wanted = wishes._replace(causal=is_causal and mask is None) if wishes.causal is None else wishes
         seen = allowed(torch.arange(queries, device=scores.device) + (keys - queries), keys, wanted)
-        least = torch.finfo(scores.dtype).min
-        bias = as_bias(seen, scores.dtype) if bias is None else torch.where(seen, bias, least)
+        bias = as_bias(seen, scores.dtype) if bias is None else narrowed(bias, seen)
     return bias

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ..lang.diagnostics import ApplyError, Diagnostic
 from ..ops.op import Refusal
-from .attention import Attention, Wish, Wishes, allowed, as_bias, capped
+from .attention import Attention, Wish, Wishes, allowed, as_bias, narrowed
+from .softcap_output import softcapped
 
 NAME = "graphpatch"
 _PLAIN = {"module", "query", "key", "value", "attention_mask", "scaling", "dropout", "softcap", "kwargs"}
@@ -121,7 +122,7 @@ def attend(
     if backend == "flex_attention" and wishes.cap is not None:
         kwargs["softcap"] = wishes.cap
     elif wishes.cap is not None:
-        return _capped_attention(module, query, key, value, attention_mask, scaling, dropout, wishes)
+        return _capped_attention(module, query, key, value, attention_mask, scaling, dropout, wishes.cap, wishes.causal)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(backend, _eager(module))
     return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)  # type: ignore[no-any-return]
 
@@ -134,15 +135,16 @@ def _capped_attention(
     mask: Tensor | None,
     scaling: float | None,
     dropout: float,
-    wishes: Wishes,
+    cap: float,
+    causal: bool | None,
 ) -> tuple[Tensor, Tensor]:
     """Transformers' eager attention of Gemma 2, operation by operation."""
-    if mask is None and wishes.causal is None and query.shape[2] > 1 and getattr(module, "is_causal", False):
+    if mask is None and causal is None and query.shape[2] > 1 and getattr(module, "is_causal", False):
         places = torch.arange(query.shape[2], device=query.device)
         mask = allowed(places, key.shape[2], Wishes(causal=True))[None, None]
     groups = query.shape[1] // key.shape[1]
     scores = torch.matmul(query, _repeated(key, groups).transpose(2, 3))
-    scores = capped(scores * (query.shape[-1] ** -0.5 if scaling is None else scaling), wishes.cap)
+    scores = softcapped(scores * (query.shape[-1] ** -0.5 if scaling is None else scaling), cap)
     if mask is not None:
         scores = scores + as_bias(mask, scores.dtype)
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
@@ -183,10 +185,7 @@ def _masked(module: Any, query: Tensor, key: Tensor, mask: Any, wishes: Wishes, 
         places = torch.where(sees, torch.arange(keys, device=mask.device), -1).amax(-1)
     if wishes.causal is False and causal:
         mask, sees = (m[..., -1:, :].expand(*m.shape[:-2], queries, keys) for m in (mask, sees))
-    seen = allowed(places, keys, wishes)
-    if mask.dtype == torch.bool:
-        return mask & seen
-    return torch.where(seen, mask, torch.finfo(mask.dtype).min)
+    return narrowed(mask, allowed(places, keys, wishes))
 
 
 def _block_mask(mask: Any, queries: int, keys: int, wishes: Wishes, device: torch.device) -> Any:

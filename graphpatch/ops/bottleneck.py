@@ -34,7 +34,7 @@ class Bottleneck(Op):
     """Of the target's output, where neither it nor a config says so."""
 
     def resolved(self, target: Target) -> Op:
-        return self.model_copy(update={"features": self.features or width(target, self.op)})
+        return self.model_copy(update={"features": self.features or width(target, f"{self.op}(features=...)")})
 
     def check(self, target: Target) -> None:
         refuse_uncalled(target, self.op)

@@ -19,12 +19,17 @@ def own_epsilon(attributes: Mapping[str, Any]) -> float | None:
     return next((float(attributes[name]) for name in _EPSILONS if _is_number(attributes.get(name))), None)
 
 
-def config_epsilon(config: Mapping[str, Any] | None) -> float | None:
-    return next((float(config[name]) for name in _IN_CONFIG if _is_number(config.get(name))), None) if config else None
+def epsilon(given: float | None, config: Mapping[str, Any] | None) -> float:
+    """Of a new norm: as given, else as the config around has it, else 1e-6."""
+    if given is not None:
+        return given
+    return next((float(config[name]) for name in _IN_CONFIG if _is_number(config.get(name))), 1e-6) if config else 1e-6
 
 
-def width(target: Target, op: str) -> int:
-    """The number of features that a target puts out: its own where it is a linear or an embedding, else the model's."""
+def width(target: Target, say: str) -> int:
+    """The number of features that a target puts out: its own where it is a linear or an embedding, else the model's.
+
+    Raises `Refusal` where neither is known; `say` is what to write then."""
     attributes, config = target.signature.attributes, target.config or {}
     for name in ("out_features", "embedding_dim", "output_size"):
         if _is_count(attributes.get(name)):
@@ -34,7 +39,7 @@ def width(target: Target, op: str) -> int:
             return int(config[name])
     raise Refusal(
         f"how many features {target.signature.cls or 'the target'} puts out is said neither by it nor by a config",
-        f"say it: {op}(dim=...)",
+        f"say it: {say}",
     )
 
 

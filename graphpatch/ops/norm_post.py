@@ -7,7 +7,7 @@ from typing import ClassVar
 from ..tree.tree import Tensor
 from .arguments import Count, Flag
 from .calls import refuse_uncalled
-from .norm import Kind, config_epsilon, width
+from .norm import Kind, epsilon, width
 from .norm_replace import Epsilon
 from .op import Op, Target
 from .registry import register
@@ -35,9 +35,8 @@ class NormPost(Op):
     """Features of the output."""
 
     def resolved(self, target: Target) -> Op:
-        found = config_epsilon(target.config)
-        eps = self.eps if self.eps is not None else 1e-6 if found is None else found
-        return self.model_copy(update={"eps": eps, "dim": self.dim or width(target, self.op)})
+        dim = self.dim or width(target, f"{self.op}(dim=...)")
+        return self.model_copy(update={"eps": epsilon(self.eps, target.config), "dim": dim})
 
     def check(self, target: Target) -> None:
         refuse_uncalled(target, self.op)

@@ -7,7 +7,7 @@ from typing import ClassVar
 from ..tree.tree import Tensor
 from .arguments import Count, Flag
 from .attention import known
-from .norm import Kind, config_epsilon
+from .norm import Kind, epsilon
 from .norm_replace import Epsilon
 from .op import Op, Refusal, Target
 from .registry import register
@@ -33,9 +33,8 @@ class QkNorm(Op):
     """Features of a head."""
 
     def resolved(self, target: Target) -> Op:
-        found = config_epsilon(target.config)
-        eps = self.eps if self.eps is not None else 1e-6 if found is None else found
-        return self.model_copy(update={"eps": eps, "head_dim": self.head_dim or known(target, "head_dim")})
+        head_dim = self.head_dim or known(target, "head_dim")
+        return self.model_copy(update={"eps": epsilon(self.eps, target.config), "head_dim": head_dim})
 
     def check(self, target: Target) -> None:
         if not isinstance(self.head_dim, int):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
@@ -30,3 +32,24 @@ def normed(
     else:
         y = weight * wide.to(x.dtype)
     return y if bias is None else y + bias
+
+
+class Norm(nn.Module):
+    """A norm that an op adds: `weight` (features). It gives its input's dtype."""
+
+    def __init__(self, dim: int, kind: str, eps: float, zero_centered: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.kind, self.eps, self.zero_centered = kind, eps, zero_centered
+
+    def forward(self, x: Tensor) -> Tensor:
+        return normed(x, self.weight, None, self.kind, self.eps, self.zero_centered).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, {self.kind}, eps={self.eps}, zero_centered={self.zero_centered}"
+
+
+def fill_norms(weights: Mapping[str, Tensor], zero_centered: bool) -> None:
+    """Such that an untrained norm only normalises."""
+    for weight in weights.values():
+        weight.fill_(0.0 if zero_centered else 1.0)

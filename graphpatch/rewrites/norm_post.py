@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 
 from ..ops.norm_post import NormPost
 from ..ops.op import Op
-from .norm import normed
+from .norm import Norm, fill_norms
 from .outputs import on_first
 from .rewrite import InPlace
 
@@ -23,28 +22,13 @@ class After(NamedTuple):
     text: str
 
 
-class PostNorm(nn.Module):
-    """The norm: `weight` (features)."""
-
-    def __init__(self, dim: int, kind: str, eps: float, zero_centered: bool):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim))
-        self.kind, self.eps, self.zero_centered = kind, eps, zero_centered
-
-    def forward(self, x: Tensor) -> Tensor:
-        return normed(x, self.weight, None, self.kind, self.eps, self.zero_centered).to(x.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, {self.kind}, eps={self.eps}, zero_centered={self.zero_centered}"
-
-
 class NormPosted(InPlace):
     """Norms the output, or the first of a tuple of outputs."""
 
     level: ClassVar[int] = NormPost.level
     entries: ClassVar[str] = "_norm_post"
     _norm_post: tuple[After, ...] = ()
-    post_norm: PostNorm
+    post_norm: Norm
 
     @classmethod
     def entry(cls, op: Op, parameter: str | None = None) -> After:
@@ -54,11 +38,11 @@ class NormPosted(InPlace):
 
     @classmethod
     def submodules(cls, entry: After, module: nn.Module) -> Mapping[str, nn.Module]:
-        return {"post_norm": PostNorm(entry.dim, entry.kind, entry.eps, entry.zero_centered)}
+        return {"post_norm": Norm(entry.dim, entry.kind, entry.eps, entry.zero_centered)}
 
     @classmethod
     def initialise(cls, entry: After, tensors: Mapping[str, Tensor], module: nn.Module) -> None:
-        tensors["post_norm.weight"].fill_(0.0 if entry.zero_centered else 1.0)
+        fill_norms(tensors, entry.zero_centered)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops.op import Op, Refusal
 from ..ops.qk_norm import QkNorm
-from .norm_post import PostNorm
+from .norm import Norm, fill_norms
 from .rewrite import InPlace
 
 
@@ -68,19 +68,15 @@ class QkNormed(InPlace):
 
     @classmethod
     def submodules(cls, entry: Heads, module: nn.Module) -> Mapping[str, nn.Module]:
-        made = (PostNorm(entry.head_dim, entry.kind, entry.eps, entry.zero_centered) for _ in range(2))
+        made = (Norm(entry.head_dim, entry.kind, entry.eps, entry.zero_centered) for _ in range(2))
         return dict(zip(("q_norm", "k_norm"), made))
 
     @classmethod
     def initialise(cls, entry: Heads, tensors: Mapping[str, Tensor], module: nn.Module) -> None:
-        for tensor in tensors.values():
-            tensor.fill_(0.0 if entry.zero_centered else 1.0)
+        fill_norms(tensors, entry.zero_centered)
 
     @classmethod
     def companions(cls, entry: Heads, module: nn.Module) -> Iterable[tuple[nn.Module, type[InPlace], OfHeads]]:
         for which in "qk":
             norm = module.get_submodule(f"{which}_norm")
             yield module.get_submodule(f"{which}_proj"), HeadsNormed, OfHeads(norm, entry.head_dim)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return super().forward(*args, **kwargs)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..rewrites.rewrite import InPlace
+from ..rewrites.rewrite import InPlace, overrides
 from ..tree.tree import Mark
 from .record import RECORD, Held, Record, put_record, record_of
 from .refuse import refuse_bypassed, refuse_class
@@ -78,7 +78,7 @@ class InPlaceChange:
         factories = [(f.name, f.shape, f.dtype, f.trainable) for f in direct if not f.buffer]
         buffers = [f for f in direct if f.buffer]
         states: dict[tuple[type, int], _State] = {}
-        look, devices = self.look, self.devices
+        look, devices, accompanied = self.look, self.devices, overrides(self.mixin, "companions")
         for at, module in enumerate(self.modules):
             own = module.__dict__
             registered = own["_parameters"]
@@ -123,7 +123,7 @@ class InPlaceChange:
                 set_class(module, state.cls)
             else:
                 put_class(module, "__class__", state.cls)
-            for other, mixin, entry in self.mixin.companions(self.entry, module):
+            for other, mixin, entry in self.mixin.companions(self.entry, module) if accompanied else ():
                 self._accompany(self.nodes[at], other, mixin, entry)
         self.factories, self.devices, self.look, self.seen, self.owners = [], [], None, (), ()
 

@@ -15,12 +15,15 @@ from .patch import Patch
 from .record import journals_of, roots
 
 
+def original_rules(patch: Patch) -> tuple[RuleSet, Tree]:
+    """The patch's rules, and the model as it was before any patch."""
+    return RuleSet.from_json(json.dumps(patch.record["rules"])), unmarked(Tree.of(patch.model))
+
+
 def original_plan(patch: Patch) -> Plan:
     """The patch's plan, made anew against the model as it was before any patch."""
-    record = patch.record
-    rules = RuleSet.from_json(json.dumps(record["rules"]))
-    tree = unmarked(Tree.of(patch.model))
-    return rules.plan(tree, adapter=record["adapter"], allow_import=record["allow_import"])
+    rules, tree = original_rules(patch)
+    return rules.plan(tree, adapter=patch.record["adapter"], allow_import=patch.record["allow_import"])
 
 
 def unmarked(tree: Tree) -> Tree:

@@ -15,7 +15,7 @@ from ..lang.diagnostics import ApplyError, Diagnostic, Error
 from ..ops.op import Refusal
 from ..plan.freeze import FREEZE, LEAVE, TRAIN, Grads
 from ..rewrites.quantised import is_quantised
-from ..rewrites.rewrite import Attributes, InPlace, Replacement, Weights
+from ..rewrites.rewrite import Attributes, InPlace, Replacement, Weights, overrides
 from ..tree.tree import Mark, Signature, Tree
 from .change import AttributeChange, Change, ModuleChange, WeightChange
 from .config_change import ConfigChange
@@ -89,7 +89,7 @@ class Preflight:
         fast = all(_registers_plainly(cls) for cls in kinds)
         shared = () if step.adds else step.op.shares
         entry = mixin.entry(step.op) if step.parameter is None else mixin.entry(step.op, step.parameter)
-        for at, module in enumerate(modules) if mixin.check.__func__ is not InPlace.check.__func__ else ():  # type: ignore[attr-defined]
+        for at, module in enumerate(modules) if overrides(mixin, "check") else ():
             try:
                 mixin.check(entry, module)
             except Refusal as refusal:
@@ -119,7 +119,7 @@ class Preflight:
                     children=children,
                 )
             )
-        if mixin.config_values.__func__ is not InPlace.config_values.__func__:  # type: ignore[attr-defined]
+        if overrides(mixin, "config_values"):
             changes += [ConfigChange(mark, module, mixin.config_values(entry, module)) for module in modules]
         return changes + self._fast_paths(step, mark)
 

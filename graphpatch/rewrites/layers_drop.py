@@ -116,6 +116,3 @@ class LayersDropped(InPlace):
             for part in cast(nn.Module, held[index]).modules():
                 if part.__dict__.get("layer_idx") == index != place:
                     yield part, Renumbered, Place(place)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return super().forward(*args, **kwargs)

@@ -134,6 +134,11 @@ class InPlace(_Module):
         return ", ".join(text for text in (super().extra_repr(), *texts) if text)
 
 
+def overrides(mixin: type[InPlace], name: str) -> bool:
+    """Whether a mixin has an answer of its own to what all are asked, module by module."""
+    return getattr(mixin, name).__func__ is not getattr(InPlace, name).__func__  # type: ignore[no-any-return]
+
+
 class Attributes:
     """Plain attributes get other values; class and forward stay."""
 

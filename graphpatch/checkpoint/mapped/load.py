@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...lang.diagnostics import Diagnostic, Error
-from ...patch.original import original_plan
+from ...patch.original import original_rules
 from ...patch.patch import Patch
 from ...plan.maps import Piece, restored, translated
 from ...plan.rules import maps_in_force
@@ -76,8 +76,7 @@ def save_weights(patch: Patch, directory: str | PathLike[str]) -> None:
     without values.
     """
     journal_of(patch)
-    model = patch.model
-    held = _targets(model)
+    held = _targets(patch.model)
     first: dict[int, str] = {}
     once = {key: tensor for key, tensor in held.items() if first.setdefault(id(tensor), key) == key}
     made: dict[str, Tensor] = {}
@@ -99,8 +98,8 @@ def maps_of(patch: Patch) -> bool:
 
 
 def _world(patch: Patch) -> World:
-    plan = original_plan(patch)
-    return World(plan.rules.program, plan.tree)
+    rules, tree = original_rules(patch)
+    return World(rules.program, tree)
 
 
 def _targets(model: nn.Module) -> dict[str, Tensor]:

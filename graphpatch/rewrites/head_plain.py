@@ -9,13 +9,12 @@ from typing import Any, ClassVar, NamedTuple, cast
 from torch import Tensor, nn
 
 from ..lang.diagnostics import ApplyError, Diagnostic
-from ..ops.head_classify import Score, ScoreHead
-from ..ops.op import Op
-from .head import OnModel, fill_linear, layer_at
+from ..ops.head_classify import ScoreHead
+from .head import layer_at
 from .outputs import on_first
 from .pooling import pooled, real_tokens
 from .rewrite import InPlace
-from .score_layer import ScoreLayer
+from .score_layer import Scores, Scoring
 
 
 class Through(NamedTuple):
@@ -37,50 +36,23 @@ class LetThrough(InPlace):
         return self._let_by
 
 
-class Scoring(NamedTuple):
-    score: Score
-    at: str
-    hidden: int
-    op: str
-    text: str
-
-
-class PlainScored(OnModel):
+class PlainScored(Scores):
     """On the model: the input of its output layer, which it puts out, is pooled over dimension 1 and scored."""
-
-    level: ClassVar[int] = ScoreHead.level
-    entries: ClassVar[str] = "_head"
-    _head: tuple[Scoring, ...] = ()
-
-    @classmethod
-    def entry(cls, op: Op, parameter: str | None = None) -> Scoring:
-        head = cast(ScoreHead, op)
-        assert head.hidden is not None and head.at is not None
-        return Scoring(head.score, head.at, head.hidden, head.op, head.text())
 
     @classmethod
     def check(cls, entry: Scoring, module: nn.Module) -> None:
-        layer_at(module, entry.at)
+        _let_by(entry, module)
 
     @classmethod
     def companions(cls, entry: Scoring, module: nn.Module) -> Iterable[tuple[nn.Module, type[InPlace], Any]]:
-        return [(layer_at(module, entry.at), LetThrough, Through(f"not called: {entry.op}"))]
-
-    @classmethod
-    def submodules(cls, entry: Scoring, module: nn.Module) -> Mapping[str, nn.Module]:
-        score = entry.score
-        return {score.name: ScoreLayer(entry.hidden, len(score.names), score.bias, score.dropout)}
-
-    @classmethod
-    def initialise(cls, entry: Scoring, tensors: Mapping[str, Tensor], module: nn.Module) -> None:
-        fill_linear(module, tensors, entry.score.name, entry.score.init)
+        return [(_let_by(entry, module), LetThrough, Through(f"not called: {entry.op}"))]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
         if not self._head:
             return output
         head, at = self._head[0].score, self._head[0].at
-        given, layer = self.named(args, kwargs), cast(LetThrough, self.get_submodule(at))
+        given, layer = self.named(args, kwargs), _let_by(self._head[0], cast(nn.Module, self))
         let_by = layer.__dict__.pop("_let_by", None)
         first = output[0] if isinstance(output, (tuple, list)) and output else output
         if let_by is None or first is not let_by:
@@ -104,6 +76,12 @@ class PlainScored(OnModel):
             return score(pooled(states, real, head.pool))  # type: ignore[no-any-return]
 
         return on_first(output, scored, self._head[0].op)
+
+
+def _let_by(entry: Scoring, module: nn.Module) -> nn.Module:
+    """The output layer, without which no plan puts a head on such a model."""
+    assert entry.at is not None
+    return layer_at(module, entry.at)
 
 
 def _mask(given: Mapping[str, Any]) -> Any:

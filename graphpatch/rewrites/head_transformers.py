@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -16,21 +16,12 @@ from transformers.modeling_outputs import (
 )
 
 from ..lang.diagnostics import ApplyError, Diagnostic
-from ..ops.head_classify import Score, ScoreHead
-from ..ops.op import Op, Refusal
-from .head import OnModel, check_output_layer, fill_linear, no_generation
+from ..ops.op import Refusal
+from .head import OnModel, check_output_layer, no_generation
 from .head_losses import loss_of
 from .pooling import last, pooled, real_tokens
 from .rewrite import InPlace
-from .score_layer import ScoreLayer
-
-
-class Scoring(NamedTuple):
-    score: Score
-    at: str | None
-    hidden: int
-    op: str
-    text: str
+from .score_layer import Scores, Scoring
 
 
 class OnTransformers(OnModel):
@@ -74,21 +65,12 @@ def check_pooler(pool: str, module: nn.Module) -> None:
         )
 
 
-class Scored(OnTransformers):
+class Scored(Scores, OnTransformers):
     """Scores sequences or tokens, in the place of what the model's own head does."""
 
-    level: ClassVar[int] = ScoreHead.level
-    entries: ClassVar[str] = "_head"
     takes: ClassVar[tuple[str, ...]] = ("labels",)
     accepts_loss_kwargs: ClassVar[bool] = False
     """The losses are means over a batch, so a Trainer that accumulates gradients must divide by their number."""
-    _head: tuple[Scoring, ...] = ()
-
-    @classmethod
-    def entry(cls, op: Op, parameter: str | None = None) -> Scoring:
-        head = cast(ScoreHead, op)
-        assert head.hidden is not None
-        return Scoring(head.score, head.at, head.hidden, head.op, head.text())
 
     @classmethod
     def variant(cls, below: Any) -> type[InPlace]:
@@ -109,15 +91,6 @@ class Scored(OnTransformers):
             "label2id": {name: number for number, name in enumerate(names)},
             "problem_type": problem,
         }
-
-    @classmethod
-    def submodules(cls, entry: Scoring, module: nn.Module) -> Mapping[str, nn.Module]:
-        score = entry.score
-        return {score.name: ScoreLayer(entry.hidden, len(score.names), score.bias, score.dropout)}
-
-    @classmethod
-    def initialise(cls, entry: Scoring, tensors: Mapping[str, Tensor], module: nn.Module) -> None:
-        fill_linear(module, tensors, entry.score.name, entry.score.init)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self._head:

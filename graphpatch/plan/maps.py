@@ -12,9 +12,9 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from ..lang.diagnostics import Diagnostic, PlanError
-from ..lang.evaluate import evaluate
 from ..lang.formatter import format_statement
-from ..lang.syntax import KeyStep, Map, OpCall, Var
+from ..lang.syntax import At, Index, KeyStep, Map, OpCall, Range, Var
+from ..tree.pattern import Bounds, within
 from .rules import maps_in_force
 from .scope import FileScope, World
 
@@ -101,7 +101,8 @@ class _Way:
         target = held.target
 
         def index(step: KeyStep, bindings: Bindings) -> str:
-            return str(evaluate(step.at, _Bound(scope, bindings)))  # type: ignore[arg-type]
+            assert step.at is not None
+            return str(_Bound(scope, bindings).integer(step.at))
 
         uses = frozenset(name for step in target if step.at is not None for name in _variables(step.at))
         return cls(scope, held, held.source, _namer(target, index), _braces(target), uses)
@@ -109,21 +110,31 @@ class _Way:
     @classmethod
     def back(cls, scope: FileScope, held: Map) -> _Way:
         assert held.target is not None
+        captured = {step.index.capture: step.index for step in held.source if step.index and step.index.capture}
         turned = []
         for step in held.target:
-            if step.at is not None and not isinstance(step.at, Var):
+            if step.at is None:
+                turned.append(step)
+            elif isinstance(step.at, Var) and step.at.name in captured:
+                turned.append(step.model_copy(update={"index": captured[step.at.name]}))
+            elif not captured.keys() & set(_variables(step.at)):
+                fixed = Index(spans=(At(at=step.at, span=step.span),), span=step.span)
+                turned.append(step.model_copy(update={"index": fixed, "at": None}))
+            else:
                 raise PlanError(
                     scope.finding("GP474", "this map has no way back: its index is worked out", held.span, "write [$i]")
                 )
-            turned.append(step)
 
         def index(step: KeyStep, bindings: Bindings) -> str:
             assert step.index is not None
-            if step.index.capture is None or step.index.capture not in bindings:
-                raise PlanError(
-                    scope.finding("GP474", "this map has no way back: an index is lost in it", held.span, "capture it")
-                )
-            return str(bindings[step.index.capture])
+            if step.index.capture is not None and step.index.capture in bindings:
+                return str(bindings[step.index.capture])
+            match step.index.spans:
+                case (At(at=at),):
+                    return str(scope.integer(at))
+            raise PlanError(
+                scope.finding("GP474", "this map has no way back: an index is lost in it", held.span, "capture it")
+            )
 
         uses = frozenset(step.index.capture for step in held.source if step.index and step.index.capture)
         there = {step.at.name for step in turned if isinstance(step.at, Var)}
@@ -140,10 +151,7 @@ class _Way:
         pattern = _pattern(self.source)
         braces = _braces(self.source)
         groups: dict[Any, list[tuple[Any, str]]] = {}
-        for key in keys:
-            found = pattern.fullmatch(key)
-            if not found:
-                continue
+        for key, found in self._found(pattern, keys):
             parts = found.groupdict()
             bindings = {n[2:]: int(v) for n, v in parts.items() if n.startswith("i_")}
             chosen = tuple(parts[f"b{at}"] for at in range(len(braces)))
@@ -163,6 +171,8 @@ class _Way:
                 continue
             self._check_whole(sources, [order for (_, order), _ in members], braces, paired)
             if paired:
+                if [len(c) for c in braces] != [len(c) for c in self.alternatives]:
+                    raise self.problem("GP473", "braces on both sides stand for each other", "as many names in each")
                 choices = [tuple(c[at] for c, at in zip(self.alternatives, paired))]
             else:
                 choices = list(product(*self.alternatives))
@@ -175,6 +185,41 @@ class _Way:
                     "GP473", f"{len(sources)} keys become {len(targets)}, and nothing says how", "using concat(dim=0)"
                 )
             yield Piece(sources, targets, self.statement.using, self.scope, kept)
+
+    def _found(self, pattern: re.Pattern[str], keys: Iterable[str]) -> list[tuple[str, re.Match[str]]]:
+        """The keys that fit, also by their indices; a slice's length is the highest index plus one, per container."""
+        found = [(key, match) for key in keys if (match := pattern.fullmatch(key))]
+        for at, step in enumerate(self.source):
+            if step.index is None or (bounds := self._bounds(step.index)) is None:
+                continue
+            group = f"x{at}"
+            lengths: dict[str, int] = {}
+            for key, match in found:
+                container = key[: match.start(group)]
+                lengths[container] = max(lengths.get(container, 0), int(match[group]) + 1)
+            found = [
+                (key, match)
+                for key, match in found
+                if any(within(b, int(match[group]), lengths[key[: match.start(group)]]) for b in bounds)
+            ]
+        return found
+
+    def _bounds(self, index: Index) -> list[Bounds] | None:
+        """What an index lets through; None for any."""
+        bounds: list[Bounds] = []
+        for span in index.spans:
+            if isinstance(span, At):
+                bounds.append(self.scope.integer(span.at))
+            elif isinstance(span, Range):
+                start, stop, step = (
+                    None if one is None else self.scope.integer(one) for one in (span.start, span.stop, span.step)
+                )
+                if step == 0:
+                    raise PlanError(self.scope.finding("GP235", "a slice cannot have step 0", span.span))
+                bounds.append((start, stop, step))
+            else:
+                return None
+        return bounds or None
 
     def _check_whole(self, sources: Sequence[str], orders: list[Any], braces: Any, paired: Any) -> None:
         wanted = 1
@@ -213,12 +258,12 @@ def _braces(steps: Sequence[KeyStep]) -> tuple[tuple[str, ...], ...]:
 
 
 def _pattern(steps: Sequence[KeyStep]) -> re.Pattern[str]:
-    """What the keys look like; its groups are the alternatives (b0), the wildcards (w0), the captures (i_NAME)."""
+    """What the keys look like; its groups: alternatives b0, wildcards w0, captures i_NAME, indices x0."""
     counters = {"b": 0, "w": 0}
-    return re.compile(r"\.".join(_step_pattern(step, counters) for step in steps))
+    return re.compile(r"\.".join(_step_pattern(step, at, counters) for at, step in enumerate(steps)))
 
 
-def _step_pattern(step: KeyStep, counters: dict[str, int]) -> str:
+def _step_pattern(step: KeyStep, at: int, counters: dict[str, int]) -> str:
     text = ""
     for part in [step.name] if step.quoted else re.split(r"(\{[^{}]*\}|\*+)", step.name):
         if step.quoted or not part or part[0] not in "{*":
@@ -232,7 +277,8 @@ def _step_pattern(step: KeyStep, counters: dict[str, int]) -> str:
             counters["w"] += 1
     capture = step.index.capture if step.index is not None else step.at.name if isinstance(step.at, Var) else None
     if step.index is not None or step.at is not None:
-        text += rf"\.(?P<i_{capture}>\d+)" if capture else r"\.\d+"
+        number = rf"(?P<i_{capture}>\d+)" if capture else r"\d+"
+        text += rf"\.(?P<x{at}>{number})"
     return text
 
 

@@ -131,3 +131,81 @@ def test_a_way_back_that_is_lost_is_told(tmp_path):
     )
     with pytest.raises(graphpatch.Error, match="GP474"):
         graphpatch.save_weights(applied, tmp_path)
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(2, 2, bias=False)
+        self.layers = nn.ModuleList(nn.Linear(2, 2, bias=False) for _ in range(3))
+
+
+def stack(prefix: str = "layers") -> dict[str, Tensor]:
+    return {"a.weight": torch.ones(2, 2), **{f"{prefix}.{i}.weight": torch.full((2, 2), float(i)) for i in range(3)}}
+
+
+@pytest.mark.parametrize(
+    "index, left", [("1", [1]), ("-1", [2]), ("i in 1:", [1, 2]), ("::2", [0, 2]), ("*", [0, 1, 2])]
+)
+def test_an_index_chooses_the_keys_that_a_map_speaks_of(index, left):
+    biases = {f"layers.{i}.bias": torch.ones(2) for i in left}
+    loaded(f"map layers[{index}].bias -> none", stack() | biases, Stack())
+    others = {f"layers.{i}.bias": torch.ones(2) for i in range(3) if i not in left}
+    if others:
+        with pytest.raises(graphpatch.Error, match=f"{len(others)} too many"):
+            loaded(f"map layers[{index}].bias -> none", stack() | biases | others, Stack())
+
+
+@pytest.mark.parametrize("maps, there", [
+    ("map h[i in 1:].weight -> layers[$i].weight", {1: "h.1", 2: "h.2"}),
+    ("map layers[0].weight -> layers[2].weight\nmap layers[2].weight -> layers[0].weight", {0: "layers.2", 2: "layers.0"}),
+])  # fmt: skip
+def test_indices_on_the_way_back(maps, there, tmp_path):
+    values = stack()
+    given = {"a.weight": values["a.weight"]}
+    given |= {f"{there.get(i, f'layers.{i}')}.weight": values[f"layers.{i}.weight"] for i in range(3)}
+    model, applied = loaded(maps, given, Stack())
+    assert [int(layer.weight[0, 0]) for layer in model.layers] == [0, 1, 2]
+    graphpatch.save_weights(applied, tmp_path)
+    back = load_file(tmp_path / "model.safetensors")
+    assert back.keys() == given.keys() and all(torch.equal(back[key], given[key]) for key in back)
+
+
+@pytest.mark.parametrize("code, maps", [
+    ("GP473", "map {x,y,z}.weight -> {a,b}.weight using concat()"),
+    ("GP220", "map h[i].weight -> layers[1 // $i].weight"),
+    ("GP222", "map h[i].weight -> layers[1.0 * $i].weight"),
+])  # fmt: skip
+def test_maps_that_mean_nothing_are_told(code, maps):
+    given = stack("h") | {f"{name}.weight": torch.ones(2, 2) for name in "xyz"}
+    with pytest.raises(graphpatch.Error) as caught:
+        loaded(maps, given, Stack())
+    assert caught.value.code == code, str(caught.value)
+
+
+def test_heads_must_be_those_of_the_rows():
+    for wrong in ("heads=8, groups=2", "heads=3, groups=2", "heads=4, groups=0"):
+        with pytest.raises(graphpatch.Error, match="GP660"):
+            loaded(MAPS.replace("heads=4, groups=2", wrong), theirs())
+
+
+def test_a_tied_weight_has_one_value():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.head = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+            self.head.weight = self.a.weight
+
+    ones = torch.ones(2, 2)
+    for same in ({"z": ones}, {"z": ones, "head.weight": ones.clone()}):
+        assert torch.equal(loaded("map z -> a.weight", same, Tied())[0].a.weight, ones)
+    model = Tied()
+    before = model.a.weight.detach().clone()
+    with pytest.raises(graphpatch.Error, match="GP664"):
+        loaded("map z -> a.weight", {"z": ones, "head.weight": 2 * ones}, model)
+    assert torch.equal(model.a.weight, before)
+
+
+def test_what_is_no_tensor_is_told():
+    with pytest.raises(graphpatch.Error, match="`step` is no tensor"):
+        loaded("map z -> a.weight", stack() | {"step": 3}, Stack())

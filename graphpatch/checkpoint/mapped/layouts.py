@@ -66,7 +66,13 @@ def interleave(heads: int, groups: int) -> Layout:
     """Rows of q, k and v as megatron-core keeps them in one `linear_qkv`: for each of `groups` key-value groups the
     rows of its heads / groups query heads, then of its key, then of its value. Of biases too."""
 
+    if groups < 1 or heads % groups:
+        raise ValueError(f"{heads} heads are not shared evenly by {groups} groups")
+
     def onward(tensors: Sequence[Tensor], _: int) -> list[Tensor]:
+        rows = [len(tensor) for tensor in tensors]
+        if len(rows) == 3 and not rows[0] * groups == rows[1] * heads == rows[2] * heads:
+            raise ValueError(f"{rows} rows are not those of {heads} query heads in {groups} groups")
         q, k, v = (tensor.reshape(groups, -1, *tensor.shape[1:]) for tensor in tensors)
         return [torch.cat([q, k, v], 1).reshape(-1, *tensors[0].shape[1:])]
 
@@ -114,6 +120,6 @@ def _layout(piece: Piece) -> Layout:
     named = {arg.name: scope.value(arg.value) for arg in call.args if arg.name is not None}
     try:
         return make(*positional, **named)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         said = str(error).partition("() ")[2] or str(error)
         raise Error(scope.finding("GP660", f"`{call.name}` {said}", call.span)) from None

@@ -33,6 +33,10 @@ class Source(NamedTuple):
     @classmethod
     def of(cls, source: str | PathLike[str] | Mapping[str, Any]) -> Source:
         if isinstance(source, Mapping):
+            wrong = next((k for k, v in source.items() if not isinstance(v, Tensor)), None)
+            if wrong is not None:
+                title = f"`{wrong}` is no tensor, but {type(source[wrong]).__name__}"
+                raise Error(Diagnostic("GP662", title, fixes=("give the state dict itself: {name: tensor}",)))
             return cls("the state dict", {k: tuple(v.shape) for k, v in source.items()}, source.__getitem__)
         files = BaseFiles.open(source)
         return cls(str(source), {name: slot.shape for name, slot in files.slots.items()}, files.read)
@@ -43,7 +47,8 @@ def load_base(patch: Patch, source: str | PathLike[str] | Mapping[str, Any]) -> 
 
     A tied weight is there under any of its names; buffers that the model does not save are none of it. Raises `Error`,
     and nothing has changed: GP641 for files that cannot be read, GP660 for layouts, GP661 for missing and unexpected
-    keys, GP662 for shapes; GP663 where reading failed half-way.
+    keys, GP662 for shapes, GP664 for two values
+    of a tied weight; GP663 where reading failed half-way.
     """
     journal_of(patch)
     given = Source.of(source)
@@ -55,6 +60,7 @@ def load_base(patch: Patch, source: str | PathLike[str] | Mapping[str, Any]) -> 
     meta = next((key for key, tensor in targets.items() if tensor.is_meta), None)
     if meta is not None:
         raise on_meta(meta)
+    _check_tied(pieces, targets, given)
     done = 0
     try:
         with torch.inference_mode(False), torch.no_grad():
@@ -129,6 +135,26 @@ def _check_names(pieces: list[Piece], targets: Mapping[str, Tensor], name: str, 
 
 def _from(key: str, sources: tuple[str, ...]) -> str:
     return "" if sources == (key,) else f" (from {sources[0]})"
+
+
+def _check_tied(pieces: list[Piece], targets: Mapping[str, Tensor], given: Source) -> None:
+    """A weight that is one here may have two names in a checkpoint, but not two values."""
+    makers: dict[int, dict[str, Piece]] = {}
+    for piece in pieces:
+        for key in piece.targets:
+            makers.setdefault(id(targets[key]), {})[key] = piece
+
+    def value(key: str, piece: Piece) -> Tensor:
+        return changed(piece, [given.read(source) for source in piece.sources])[piece.targets.index(key)]
+
+    for named in makers.values():
+        (first, piece), *others = named.items()
+        for key, other in others:
+            if not torch.equal(value(first, piece).cpu(), value(key, other).cpu()):
+                title = f"`{first}` and `{key}` are one weight in this model, and {given.name} has two values for it"
+                raise Error(
+                    Diagnostic("GP664", title, fixes=("untie them in the model, or leave one: `map KEY -> none`",))
+                )
 
 
 def _check_shapes(pieces: list[Piece], targets: Mapping[str, Tensor], given: Source) -> None:

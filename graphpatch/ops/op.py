@@ -109,6 +109,10 @@ class Op(BaseModel):
         head is named by the output layer, say, and stands on the model; `adds` and the rewrite are the model's."""
         return len(above) - 1
 
+    def repeats(self, other: Op, target: Target) -> bool:
+        """Whether `other`, on the same seat for another target, does all of it for this one too."""
+        return False
+
     def check(self, target: Target) -> None:
         """Raise `Refusal` where these arguments cannot have their full effect on this target."""
 

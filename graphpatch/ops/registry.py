@@ -17,6 +17,8 @@ _BUILT_IN = {
     "attention.window": "graphpatch.ops.attention_window",
     "checkpoint": "graphpatch.ops.checkpoint",
     "dropout": "graphpatch.ops.dropout",
+    "embedding.extend": "graphpatch.ops.embedding_resize",
+    "embedding.resize": "graphpatch.ops.embedding_resize",
     "head.classify": "graphpatch.ops.head_classify",
     "head.embed": "graphpatch.ops.head_beside",
     "head.medusa": "graphpatch.ops.head_medusa",

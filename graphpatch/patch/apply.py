@@ -17,7 +17,7 @@ from ..tree.tree import Tree
 from .approach import approach, refuse_unknown
 from .change import Change, ModuleChange, WeightChange
 from .drift import bind, unwrapped
-from .grads import set_flags, set_single_flags
+from .grads import set_flags, set_single_flags, still
 from .imports import brief
 from .in_place import InPlaceChange
 from .observe import observe
@@ -121,6 +121,7 @@ def _carry_out(
             for change in changes:
                 journal.changes.append(change)
                 change.do()
+            still(changes, journal.flags)
             if plan.grads is not None and not anew:
                 set_single_flags(tree, plan.grads, journal.flags)
             elif anew:

@@ -9,7 +9,10 @@ from torch import nn
 from ..lang.diagnostics import ApplyError, Diagnostic
 from ..plan.freeze import TRAIN, Grads
 from ..rewrites.quantised import is_quantised
+from ..rewrites.rewrite import overrides
 from ..tree.tree import Tree
+from .change import Change
+from .in_place import InPlaceChange
 from .record import Journal
 
 Flag = tuple[nn.Module, str, bool]
@@ -63,6 +66,19 @@ def set_single_flags(tree: Tree, grads: Grads, flags: list[Flag]) -> None:
             raise ApplyError(Diagnostic("GP517", f"`{path}` cannot be trained: it holds {holds}", fixes=(fix,)))
         flags.append((module, name, parameter.requires_grad))
         parameter.requires_grad = train
+
+
+def still(changes: Iterable[Change], flags: list[Flag]) -> None:
+    """Stop the training of what ops want to stand still, and journal it as `set_flags` does, which goes after it: ops
+    that ask for this add modules."""
+    for change in changes:
+        if isinstance(change, InPlaceChange) and overrides(change.mixin, "stills"):
+            for owner in change.modules:
+                for module, name in change.mixin.stills(change.entry, owner):
+                    parameter = module._parameters[name]
+                    assert parameter is not None
+                    flags.append((module, name, parameter.requires_grad))
+                    parameter.requires_grad = False
 
 
 def _can_train(parameter: nn.Parameter) -> bool:

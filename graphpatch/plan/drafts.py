@@ -112,7 +112,10 @@ def steps(tree: Tree, draft: Draft, findings: list[Diagnostic]) -> list[Step]:
             rewrite = _rewrite(op, target, tree.has_classes)
             op.check(target)
             adds: dict[str, Tensor] = op.adds(target)
-            if seated and any(carriers[0] in step.nodes for step in merged.values()):
+            there = [step.op for step in merged.values() if carriers[0] in step.nodes] if seated else []
+            if there and all(op.repeats(other, target) for other in there):
+                continue
+            if there:
                 carrier = _path(tree, carriers[0]) or "^"
                 raise Refusal(f"`{carrier}` would carry it twice, for this and for another target", code="GP451")
         except Refusal as refusal:

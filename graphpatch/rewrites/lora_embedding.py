@@ -17,7 +17,6 @@ class LoraEmbedding(LoraOfWeight):
 
     weight: Tensor
     transposed = True
-    num_embeddings: int
     padding_idx: int | None
     scale_grad_by_freq: bool
 
@@ -43,8 +42,8 @@ class LoraEmbedding(LoraOfWeight):
         return self._dropping(adapter, added + self._gain_less_one(adapter, output) * (output + added))
 
     def _low_rank(self, z: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        if a.shape[1] != self.num_embeddings:
-            raise _outgrown(a.shape[1], self.num_embeddings)
+        if a.shape[1] != self.weight.shape[0]:
+            raise _outgrown(a.shape[1], self.weight.shape[0])
         dtype = self.weight.dtype
         h = embedding(z, a.t(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq).to(dtype)
         delta = linear(h if scale == 1.0 else h * scale, b.to(dtype)).to(dtype)

@@ -64,6 +64,11 @@ class InPlace(_Module):
         return ()
 
     @classmethod
+    def stills(cls, entry: Any, module: nn.Module) -> Iterable[tuple[nn.Module, str]]:
+        """Parameters that the model had, by module and name, which stop training unless the rules say otherwise."""
+        return ()
+
+    @classmethod
     def config_values(cls, entry: Any, module: nn.Module) -> Mapping[str, Any]:
         """Attributes of the module's `config` that say otherwise while the change is there. The config that others
         share is left alone: the module, and those below it that have the same, get a copy."""

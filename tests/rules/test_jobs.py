@@ -50,6 +50,10 @@ def odd_names() -> graphpatch.Tree:
     return graphpatch.Tree.of(model)
 
 
+def few_tokens() -> graphpatch.Tree:
+    return graphpatch.Tree.of(nn.ModuleDict({"embed_tokens": nn.Embedding(100, 8)}))
+
+
 PLANNED: dict[str, tuple[Callable[[], graphpatch.Tree], int, int | None]] = {
     # job: the model, how many changes, how many trainable parameters where the job is about those
     "QLoRA on Llama": (family("llama"), 2 * 7 * 32, None),
@@ -77,6 +81,7 @@ PLANNED: dict[str, tuple[Callable[[], graphpatch.Tree], int, int | None]] = {
     "classification head swap": (family("llama"), 1, 3 * 4096),
     "value head": (family("llama"), 1, None),
     "BERT sentence encoder": (family("bert"), 1, None),
+    "embedding resize, only new rows": (few_tokens, 1, None),
     "Gemma 2 from Llama": (family("llama"), 2 + 32 + 2 * 32 + 2 * 32 + 65, None),
 }
 

@@ -27,6 +27,7 @@ _BUILT_IN = {
     "head.token_classify": "graphpatch.ops.head_classify",
     "head.value": "graphpatch.ops.head_beside",
     "layers.drop": "graphpatch.ops.layers_drop",
+    "layers.repeat": "graphpatch.ops.layers_repeat",
     "lora": "graphpatch.ops.lora",
     "norm.post": "graphpatch.ops.norm_post",
     "norm.replace": "graphpatch.ops.norm_replace",

@@ -68,7 +68,7 @@ class Preflight:
             elif issubclass(rewrite, Weights):
                 changes.append(self._weights(step, rewrite, mark))
             elif issubclass(rewrite, Replacement):
-                changes.append(self._replacement(step, rewrite, mark))
+                changes += self._replacement(step, rewrite, mark)
             else:
                 raise _error("GP515", f"{step.rewrite} is no rewrite", step)
         # What is another module's parameter must be there first.
@@ -232,7 +232,7 @@ class Preflight:
                 raise _error("GP462", why, step, fix="leave it out: lora(...) alone takes a quantised base as it is")
         return WeightChange(mark, step.nodes, modules, partial(rewrite.values, step.op), rewrite.keeps(step.op))
 
-    def _replacement(self, step: Step, rewrite: type[Replacement], mark: Mark) -> Change:
+    def _replacement(self, step: Step, rewrite: type[Replacement], mark: Mark) -> list[Change]:
         path = rewrite.imports(step.op)
         cls = load_permitted(path, self.allowed, step.rule) if path else None
         originals = [self.modules[node] for node in step.nodes]
@@ -244,6 +244,8 @@ class Preflight:
                 made = rewrite.build(step.op, cls, module, self._device_of(module))
             except Error:
                 raise
+            except Refusal as refusal:
+                raise self._refused(step, at, refusal) from None
             except Exception as error:
                 raise _error(
                     "GP506", f"{path} could not be built for `{self._path(step, at)}`", step, brief(error)
@@ -252,7 +254,19 @@ class Preflight:
                 raise _error("GP506", f"{path} makes {type(made).__name__}, no torch.nn.Module", step)
             new.append(made)
         places = self._places(step.nodes)
-        return ModuleChange(mark, step.nodes, originals, new, places)
+        changes: list[Change] = [ModuleChange(mark, step.nodes, originals, new, places)]
+        for node, module in zip(step.nodes, originals):
+            around = self._configured(node)
+            if around is not None:
+                values = rewrite.config_values(step.op, module, around.__dict__["config"])
+                changes.append(ConfigChange(mark, around, values))
+        return changes
+
+    def _configured(self, node: int) -> nn.Module | None:
+        """The outermost module that has the config which is nearest around a node."""
+        above = [self.modules[n] for n in self.tree.ancestors(node)[:-1]]
+        configs = [module.__dict__["config"] for module in above if "config" in module.__dict__]
+        return next(m for m in above if m.__dict__.get("config") is configs[-1]) if configs else None
 
     def _places(self, nodes: list[int]) -> list[list[tuple[nn.Module, str]]]:
         tree, places = self.tree, {node: [(self.tree.parents[node], self.tree.names[node])] for node in nodes}

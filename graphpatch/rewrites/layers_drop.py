@@ -9,6 +9,7 @@ from torch import nn
 
 from ..ops.layers_drop import LayersDrop
 from ..ops.op import Op, Refusal
+from .layer_lists import of_layers
 from .rewrite import InPlace
 
 
@@ -99,13 +100,8 @@ class LayersDropped(InPlace):
 
     @classmethod
     def config_values(cls, entry: Without, module: nn.Module) -> Mapping[str, Any]:
-        config, kept = module.__dict__.get("config"), entry.kept(module)
         number = len(entry.layers(module)._modules)
-        if config is None or getattr(config, "num_hidden_layers", None) != number:
-            return {}
-        lists = {n: v for n, v in vars(config).items() if isinstance(v, (list, tuple)) and len(v) == number}
-        of_layers = {n: type(v)(v[i] for i in kept) for n, v in lists.items() if "layer" in n}
-        return {"num_hidden_layers": len(kept), **of_layers}
+        return of_layers(module.__dict__.get("config"), number, entry.kept(module))
 
     @classmethod
     def companions(cls, entry: Without, module: nn.Module) -> Iterable[tuple[nn.Module, type[InPlace], Any]]:

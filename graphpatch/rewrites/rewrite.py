@@ -176,6 +176,11 @@ class Replacement:
         return None
 
     @staticmethod
+    def config_values(op: Op, module: nn.Module, config: Any) -> Mapping[str, Any]:
+        """What the `config` of the model around `module` says otherwise while the new module is there."""
+        return {}
+
+    @staticmethod
     def build(op: Op, cls: Any, module: nn.Module, device: torch.device) -> nn.Module:
         """The new module. Must not change `module`, nor any tensor of it."""
         raise NotImplementedError

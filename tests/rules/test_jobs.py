@@ -76,6 +76,7 @@ PLANNED: dict[str, tuple[Callable[[], graphpatch.Tree], int, int | None]] = {
     "checkpoint every block": (family("llama"), 32, None),
     "reverse and mixed spans": (family("llama"), 20, None),
     "adapter after each MLP": (family("llama"), 32, None),
+    "depth up-scaling": (family("llama"), 1, None),
     "remove layers": (family("llama"), 1, None),
     "by layer type": (family("gemma2"), 13, None),
     "classification head swap": (family("llama"), 1, 3 * 4096),

@@ -61,6 +61,7 @@ _MEANINGS = {
     "GP555": "the target of `qk_norm` projects by no `q_proj` and `k_proj`",
     "GP580": "`layers.drop` names a layer that is not there, or all of them",
     "GP581": "`layers.repeat` names a layer that is not there, or would change nothing, or copy what was patched",
+    "GP583": "`compile` is given a backend that there is not, or a mode that the backend has not",
     "GP480": "the embedding cannot gain rows as asked: fewer tokens than it has, say",
     "GP481": "an output layer over the vocabulary is not said, or said wrongly, where an embedding is resized",
     "GP482": "something that has to do with an embedding's rows would not follow where it is resized",

@@ -16,6 +16,7 @@ _BUILT_IN = {
     "attention.scale": "graphpatch.ops.attention_scale",
     "attention.window": "graphpatch.ops.attention_window",
     "checkpoint": "graphpatch.ops.checkpoint",
+    "compile": "graphpatch.ops.compile",
     "dropout": "graphpatch.ops.dropout",
     "embedding.extend": "graphpatch.ops.embedding_resize",
     "embedding.resize": "graphpatch.ops.embedding_resize",

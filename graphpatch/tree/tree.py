@@ -222,19 +222,31 @@ class Tree:
     def all_paths(self, node: int, limit: int = 10_000) -> list[str]:
         """Every path of a node, first first; at most `limit`, since paths through tied modules multiply."""
         first = self.paths[node]
-        if not self.places:
+        if not self.edges:
             return [first]
         found = {first: None}
-        # Climb with the tail gathered so far; a chain of ties is a directed graph without cycles, so this ends.
-        climb: list[tuple[int, str]] = [(node, "")]
-        while climb and len(found) < limit:
-            at, tail = climb.pop()
+        # Climb with the tail gathered so far, and the modules on it: ties may go round in a ring, a path may not. A
+        # climb that only meets itself finds nothing, so it is counted too.
+        climb: list[tuple[int, str, frozenset[int]]] = [(node, "", frozenset())]
+        climbed = 0
+        while climb and len(found) < limit and climbed < 10 * limit:
+            climbed += 1
+            at, tail, below = climb.pop()
             if at == 0:
                 found[tail[:-1]] = None
                 continue
-            climb += [(parent, f"{name}.{tail}") for parent, name in reversed(self.places.get(at, ()))]
-            climb.append((self.parents[at], f"{self.names[at]}.{tail}"))
+            below |= {at}
+            above = [(self.parents[at], self.names[at]), *self._above.get(at, ())]
+            climb += [(parent, f"{name}.{tail}", below) for parent, name in reversed(above) if parent not in below]
         return list(found)
+
+    @cached_property
+    def _above(self) -> dict[int, list[tuple[int, str]]]:
+        """The (parent, name) of each edge, by the module that it leads to."""
+        above: dict[int, list[tuple[int, str]]] = {}
+        for node, parent, name in self.edges:
+            above.setdefault(node, []).append((parent, name))
+        return above
 
     def parameter_paths(self, parameter: Parameter) -> list[str]:
         """Every path of a parameter, first first, those of its ties included."""

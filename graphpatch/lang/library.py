@@ -71,12 +71,15 @@ def find_path(written: str, folder: str | None, place: Place | None = None) -> F
     raise _refusal("GP211", f"there is no rule file `{short(written)}`", place, hint)
 
 
+_STATEMENTS = ("patch ", "freeze ", "train ", "use ", "param ", "alias ", "when ")
+
+
 def find(name_or_path: str | os.PathLike[str]) -> Found:
     """What `load` was given: a path, or else a packaged name; raises `RuleError`."""
     text = os.fspath(name_or_path)
     if not isinstance(text, str):
         text = os.fsdecode(text)
-    if "\n" in text or "\0" in text:
+    if "\n" in text or "\0" in text or text.startswith(_STATEMENTS):
         raise _refusal("GP211", "this is no name of a rule file", None, "a rule text is read by graphpatch.parse(text)")
     is_path = not isinstance(name_or_path, str) or text.endswith(SUFFIX) or "/" in text or os.sep in text
     if is_path or not text or (text not in packaged() and os.path.isfile(text)):

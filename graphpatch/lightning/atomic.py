@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from ..lang.diagnostics import ApplyError
+from .problem import refusal
 
 STRAY = ".tmp-"
 """Before the number of the process, in the name of what is half-written."""
@@ -49,6 +52,11 @@ class AtomicIO(TorchCheckpointIO):
         sync_folder(path.parent)
         for companion in self.companions:
             companion(path)
+
+    def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> Any:
+        """Raises `ApplyError` (GP833) for a file that is torn, or no checkpoint."""
+        with telling_what_is_torn(path):
+            return super().load_checkpoint(path, *arguments, **options)
 
     def remove_checkpoint(self, path: Any) -> None:
         if "://" in str(path):
@@ -115,6 +123,22 @@ def last_whole(folder: str | os.PathLike[str]) -> Path | None:
     found = [path for path in Path(folder).rglob("*") if _is_checkpoint(path)]
     newest = sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
     return next((path for path in newest if _whole(path)), None)
+
+
+@contextmanager
+def telling_what_is_torn(path: Any) -> Iterator[None]:
+    """Around the loading of a file: torch's errors say nothing of why it cannot be read."""
+    try:
+        yield
+    except Exception:
+        if "://" in str(path) or not Path(path).is_file() or _whole(Path(path)):
+            raise
+        raise torn(Path(path)) from None
+
+
+def torn(path: Path) -> ApplyError:
+    fix = "graphpatch.lightning.last_whole(folder) finds the newest that is"
+    return refusal("GP833", f"{path} is no whole checkpoint", fix)
 
 
 def _is_checkpoint(path: Path) -> bool:

@@ -15,12 +15,12 @@ from torch import nn
 
 from .problem import refusal
 
-Base = str | PathLike[str] | Callable[[nn.Module], Any]
+Base = str | PathLike[str] | Mapping[str, torch.Tensor] | Callable[[nn.Module], Any]
 
 
 def load_base(module: nn.Module, source: Base) -> None:
-    """Load all of `module`'s weights from a safetensors file or directory, a torch or Lightning checkpoint, or by a
-    function that takes the module.
+    """Load all of `module`'s weights from a safetensors file or directory, a torch or Lightning checkpoint, a state
+    dict, or by a function that takes the module.
 
     Names may be those of the module, or of the one submodule that they all fit: a Hugging Face checkpoint for a
     LightningModule that holds the model. Raises `ApplyError`: GP820 for files, GP821 where names or shapes do not
@@ -29,7 +29,9 @@ def load_base(module: nn.Module, source: Base) -> None:
     if callable(source):
         source(module)
         return
-    weights = read_weights(source)
+    weights, said = (
+        (source, "the state dict") if isinstance(source, Mapping) else (read_weights(source), fspath(source))
+    )
     expected = dict(module.state_dict(keep_vars=True))
     prefix = _prefix(module, weights, expected)
     named = {prefix + name: tensor for name, tensor in weights.items()}
@@ -42,7 +44,7 @@ def load_base(module: nn.Module, source: Base) -> None:
     if missing or unexpected or wrong:
         raise refusal(
             "GP821",
-            f"{fspath(source)} is no checkpoint of this base: {len(missing)} tensors missing, {len(unexpected)} "
+            f"{said} is no checkpoint of this base: {len(missing)} tensors missing, {len(unexpected)} "
             f"unexpected, {len(wrong)} of another shape",
             "give the checkpoint of the model that is built",
             text=tuple(_lines(missing, unexpected, wrong, named, expected)),
@@ -55,7 +57,7 @@ def load_base(module: nn.Module, source: Base) -> None:
     if left is not None:
         raise refusal(
             "GP822",
-            f"`{left}` is on the meta device, and {fspath(source)} has no values for it",
+            f"`{left}` is on the meta device, and {said} has no values for it",
             "build the model off the meta device, or fill it in configure_model",
         )
 
@@ -109,7 +111,7 @@ def _of_directory(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _unreadable(path: Path, error: Exception) -> Exception:
-    why = " ".join(str(error).split())[:200]
+    why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     return refusal("GP820", f"{path} cannot be read as a checkpoint", "copy it anew", text=(why,))
 
 

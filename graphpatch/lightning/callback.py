@@ -84,12 +84,19 @@ class ModelTransform(pl.Callback):
     def __call__(self, model: nn.Module) -> nn.Module:
         """Transform `model` now, if this transform has not yet; what NeMo's users call in `configure_model`, where that
         goes on to shard the model. Returns the model."""
+        self.load_base(model)
+        return self.transform_once(model)
+
+    def load_base(self, model: nn.Module) -> None:
+        """Load `base_checkpoint`, where the transform is still to come."""
+        if self.base_checkpoint is not None and self.identity() not in _applied(model):
+            load_base(model, self.base_checkpoint)
+
+    def transform_once(self, model: nn.Module) -> nn.Module:
+        """What calling it does, behind the loading of the base."""
         identity = self.identity()
         if identity not in _applied(model):
-            if self.base_checkpoint is not None:
-                load_base(model, self.base_checkpoint)
-            patch = self.apply(model)
-            mark(model, identity, patch)
+            mark(model, identity, self.apply(model))
         self._handover.take(model)
         return model
 
@@ -228,9 +235,11 @@ def _configure(transform: ModelTransform, module: pl.LightningModule, original: 
     original()
     try:
         checks.refuse_sharded(module, bool(_applied(module)))
-        with keep_what_changes(module):
-            transform(module)
+        transform.load_base(module)
+        with keep_what_changes(module, transform.base_checkpoint):
+            transform.transform_once(module)
         checks.refuse_meta(module)
+        checks.refuse_idle(module.trainer, module)
     except Exception:
         # Lightning's clean-up moves the module to the CPU, and its error over the meta device would hide ours.
         if any(p.is_meta for p in (*module.parameters(), *module.buffers())):

@@ -6,6 +6,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from .problem import refusal
@@ -118,14 +119,20 @@ def refuse_meta(module: nn.Module) -> None:
         )
 
 
+def refuse_idle(trainer: pl.Trainer, module: pl.LightningModule) -> list[tuple[str, nn.Parameter]]:
+    """What trains. An optimizer of nothing is refused by torch, in words that say nothing of rules."""
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    if not trained and trainer.state.fn == "fit" and is_overridden("configure_optimizers", module):
+        raise refusal("GP811", "nothing is left to train", "a `train` statement, or `freeze ** except @new`")
+    return trained
+
+
 def refuse_uncovered(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """An optimizer that was made before the transform knows nothing of what it brought."""
     if not trainer.optimizers:
         return
     held = {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
-    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    if not trained:
-        raise refusal("GP811", "nothing is left to train", "a `train` statement, or `freeze ** except @new`")
+    trained = refuse_idle(trainer, module)
     if not any(id(p) in held for _, p in trained):
         raise refusal(
             "GP812",

@@ -20,6 +20,7 @@ from ..patch.record import record_of
 from ..plan.ruleset import RuleSet
 from .problem import refusal
 from .random_state import Randomness
+from .reference import Weight, check_reference, path_of, reference, weights_of
 
 KEY = "graphpatch"
 """Of what is ours in a checkpoint."""
@@ -38,10 +39,14 @@ class Kept(NamedTuple):
     """Names in the state dict that the base did not have."""
     buffers: dict[str, str]
     """Of the base's buffers, a hash of what they held then: those that changed are saved."""
+    weights: dict[str, Weight]
+    """What a checkpoint says of the base's weights."""
+    path: str | None
+    """Where they came from."""
 
 
 @contextmanager
-def keep_what_changes(module: pl.LightningModule) -> Iterator[None]:
+def keep_what_changes(module: pl.LightningModule, base_checkpoint: Any = None) -> Iterator[None]:
     """Around a transform: notes what is new afterwards, and makes the module's checkpoints hold that."""
     before = {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
     known: Kept | None = module.__dict__.get(_KEPT)
@@ -50,7 +55,8 @@ def keep_what_changes(module: pl.LightningModule) -> Iterator[None]:
     # Also what a transform brought before this one: in the user's configure_model, or before fit.
     added = {name for name, tensor in after.items() if id(tensor) not in before} | _brought(module)
     buffers = {n: _digest(t) for n, t in after.items() if n not in added and not isinstance(t, nn.Parameter)}
-    module.__dict__[_KEPT] = Kept(known.added | added, known.buffers) if known else Kept(frozenset(added), buffers)
+    was = known or Kept(frozenset(), buffers, weights_of(module), path_of(module, base_checkpoint))
+    module.__dict__[_KEPT] = was._replace(added=was.added | added)
     if known is None:
         module.on_save_checkpoint = partial(_on_save, module, module.on_save_checkpoint)  # type: ignore[method-assign]
         module.on_load_checkpoint = partial(_on_load, module, module.on_load_checkpoint)  # type: ignore[method-assign]
@@ -86,6 +92,12 @@ def _digest(tensor: torch.Tensor) -> str:
     return blake2b(data.numpy().data, digest_size=16).hexdigest()
 
 
+def _reference(module: nn.Module, saved: set[str]) -> dict[str, Any]:
+    kept: Kept = module.__dict__[_KEPT]
+    left_out = {name.replace(_COMPILED, ""): weight for name, weight in kept.weights.items() if name not in saved}
+    return reference(left_out, kept.path)
+
+
 # ── out ──
 
 
@@ -100,6 +112,7 @@ def _on_save(module: pl.LightningModule, original: _Hook, checkpoint: dict[str, 
         "format": FORMAT,
         "patches": [json.loads(json.dumps(dict(patch.record))) for patch in patches(module)],
         "names": sorted(names),
+        "base": _reference(module, names),
     }
     if "loops" in checkpoint:
         checkpoint[KEY]["random"] = Randomness.of(module).gathered(at_end=bool(module.trainer.is_last_batch))
@@ -161,7 +174,8 @@ def _on_load(module: pl.LightningModule, original: _Hook, checkpoint: dict[str, 
 
 def check_loadable(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """Raise `ApplyError` where a checkpoint is not one of this module, transformed as it is: GP830 where it has nothing
-    of ours, GP831 where it was made by other rules, GP832 where tensors are missing."""
+    of ours, GP831 where it was made by other rules, GP832 where tensors are missing, GP834 where it was made on another
+    base."""
     ours = checkpoint.get(KEY)
     if ours is None:
         raise refusal(
@@ -184,6 +198,7 @@ def check_loadable(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     if missing:
         few = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
         raise refusal("GP832", f"this checkpoint lacks {len(missing)} tensors that train: {few}", "take a whole one")
+    check_reference(ours.get("base"), _reference(module, names_to_save(module)))
 
 
 def _said(record: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ import torch
 
 from ..patch.apply import apply_plan
 from ..plan.ruleset import RuleSet
+from .atomic import telling_what_is_torn
 from .base import Base, load_base
 from .checks import refuse_meta
 from .contents import KEY, check_loadable, keep_what_changes, named_as_here
@@ -30,7 +31,8 @@ def load_from_checkpoint(
 
     `path` is a file, or the folder of a sharded checkpoint. `base` is where the base's weights are (see
     `ModelTransform`); None where the module loads them itself. All other arguments are Lightning's, or `cls`'s own.
-    Raises `ApplyError` as resuming does: GP830, GP832, GP821, and GP833 for a folder that is not whole.
+    Raises `ApplyError` as resuming does: GP830, GP832, GP834, GP821, and GP833 for what is not
+    whole.
     """
 
     def on_load(module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -42,7 +44,7 @@ def load_from_checkpoint(
         if base is not None:
             load_base(module, base)
         refuse_meta(module)
-        with keep_what_changes(module):
+        with keep_what_changes(module, base):
             for record in ours["patches"]:
                 rules = RuleSet.from_json(json.dumps(record["rules"]))
                 plan = plan_inside(rules, module, record["adapter"], ())
@@ -60,6 +62,7 @@ def load_from_checkpoint(
 
     # Lightning makes the module, and asks it before it loads: a subclass for this one moment answers.
     answering: Any = type(cls.__name__, (cls,), {"__module__": cls.__module__, "on_load_checkpoint": on_load})
-    module = answering.load_from_checkpoint(path, **arguments)
+    with telling_what_is_torn(path):
+        module = answering.load_from_checkpoint(path, **arguments)
     module.__class__ = cls
     return cast(_Module, module)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..lang.diagnostics import RuleError
+from ..plan.check import check
 from ..plan.ruleset import RuleSet, parse
 from .base import Base
 from .peft import PEFT
+from .problem import refusal
 
 DEFAULT = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 """The four linears of a transformer layer, by megatron-core's names."""
@@ -28,7 +31,8 @@ class LoRA(PEFT):
     crosses dots (`*.layers.0.*.linear_qkv`). `dim` is the rank, the update is scaled by `alpha / dim`. Everything else
     is frozen. Every name must be found.
 
-    The rules it stands for: `print(LoRA(...).text)`.
+    The rules it stands for: `print(LoRA(...).text)`. Raises `RuleError` for values that a rule file may
+    not have, `ApplyError` (GP819) for targets that are no names.
     """
 
     def __init__(
@@ -43,6 +47,14 @@ class LoRA(PEFT):
         super().__init__(base_checkpoint=base_checkpoint, adapter=adapter)
         self.target_modules = [target_modules] if isinstance(target_modules, str) else list(target_modules)
         self.dim, self.alpha, self.dropout = dim, alpha, dropout
+        if not self.target_modules or not all(isinstance(name, str) for name in self.target_modules):
+            raise refusal(
+                "GP819", f"target_modules is {target_modules!r}", 'names of modules: ["linear_qkv", "q_proj"]'
+            )
+        # What no rule file could say is told of here, and not when training starts.
+        wrong = check(self.rule_set())
+        if wrong:
+            raise RuleError(wrong)
 
     @property
     def text(self) -> str:

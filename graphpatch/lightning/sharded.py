@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.distributed import checkpoint as dcp
 
+from .atomic import torn
 from .contents import check_loadable
-from .problem import refusal
 
 _WEIGHTS = "state_dict."
 
@@ -52,8 +52,4 @@ def read_sharded(folder: Path) -> dict[str, Any]:
 
 def _refuse_torn(folder: Path) -> None:
     if not (folder / ".metadata").is_file() or not (folder / "meta.pt").is_file():
-        raise refusal(
-            "GP833",
-            f"{folder} is no whole sharded checkpoint",
-            "graphpatch.lightning.last_whole(folder) finds the newest that is",
-        )
+        raise torn(folder)

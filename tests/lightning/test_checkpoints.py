@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -180,3 +182,50 @@ def test_compiled_or_not_a_checkpoint_is_the_same(tmp_path, saved, resumed):
     assert first.losses + second.losses == pytest.approx(whole.losses, abs=1e-6)
     loaded = load_from_checkpoint(resumed, tmp_path / "last.ckpt")
     assert all(bool(p.count_nonzero()) for n, p in loaded.named_parameters() if "lora_B" in n)
+
+
+def test_a_checkpoint_knows_its_base_by_path_names_and_values(tmp_path):
+    base = tmp_path / "base.safetensors"
+    save_file(Module().net.state_dict(), base)
+    kept = ModelTransform(graphpatch.parse(RULES), base_checkpoint=base)
+    t = trainer(tmp_path, kept, max_epochs=1)
+    t.fit(Module(), data())
+    t.save_checkpoint(tmp_path / "a.ckpt")
+    held = torch.load(tmp_path / "a.ckpt", weights_only=True)["graphpatch"]["base"]
+    assert (held["path"], held["tensors"]) == (str(base), len(list(Module().parameters())))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_from_checkpoint(Module, tmp_path / "a.ckpt")
+        # In half precision it is the same base.
+        save_file({n: v.bfloat16() for n, v in Module().net.state_dict().items()}, tmp_path / "half.safetensors")
+        load_from_checkpoint(Module, tmp_path / "a.ckpt", base=tmp_path / "half.safetensors")
+
+    other = {n: v + 1 for n, v in Module().net.state_dict().items()}
+    with pytest.warns(UserWarning, match=r"the base has other values.*it was .*base\.safetensors"):
+        load_from_checkpoint(Module, tmp_path / "a.ckpt", base=other)
+    with pytest.warns(UserWarning, match="the base has other values"):
+        again = ModelTransform(graphpatch.parse(RULES), base_checkpoint=other)
+        trainer(tmp_path, again, max_epochs=2).fit(Module(), data(), ckpt_path=tmp_path / "a.ckpt")
+
+    class Deeper(Module):
+        def build(self) -> None:
+            super().build()
+            self.net.more = torch.nn.Linear(2, 2)
+
+    with pytest.raises(graphpatch.Error, match="made on another base: 10 weights, and here are 12") as caught:
+        load_from_checkpoint(Deeper, tmp_path / "a.ckpt")
+    assert caught.value.code == "GP834"
+
+
+def test_a_torn_checkpoint_is_told(tmp_path):
+    _, path = checkpointed(tmp_path)
+    half = tmp_path / "half.ckpt"
+    half.write_bytes(Path(path).read_bytes()[:-2000])
+    for load in (
+        lambda: trainer(tmp_path, lora(), max_epochs=4).fit(Module(), data(), ckpt_path=half),
+        lambda: load_from_checkpoint(Module, half),
+    ):
+        with pytest.raises(graphpatch.Error, match=r"half\.ckpt is no whole checkpoint\n.*last_whole") as caught:
+            load()
+        assert caught.value.code == "GP833"

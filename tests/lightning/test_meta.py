@@ -72,6 +72,10 @@ def test_it_trains_as_a_model_that_was_never_there(tmp_path):
     assert states[0].keys() == states[1].keys()
     for name, tensor in states[0].items():
         assert tensor.dtype == states[1][name].dtype and torch.equal(tensor, states[1][name]), name
+    held = [torch.load(tmp_path / device / "last.ckpt", weights_only=True)["state_dict"] for device in ("meta", "cpu")]
+    assert held[0].keys() == held[1].keys() and not any(
+        name.endswith(("foot.weight", "norm.weight")) for name in held[0]
+    )
     loaded = load_from_checkpoint(OnMeta, tmp_path / "meta" / "last.ckpt", base=path)
     for name, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, states[0][name]), name

@@ -122,10 +122,27 @@ def test_what_is_wrong_is_said_before_anything_is_built(tmp_path):
         (ModelTransform(graphpatch.parse(RULES), params={"rank": 3}), Module(), "GP802"),
         (ModelTransform(lambda model: Module()), Module(), "GP804"),
         (LoRA(["nowhere"]), Module(), "GP401"),
+        (ModelTransform("patch linear_qkv with lora(rank=2)"), Module(), "GP211"),
+        (ModelTransform("freeze"), Module(), "GP811"),
     ):
         with pytest.raises(graphpatch.Error) as caught:
             trainer(tmp_path, transform).fit(module, data())
         assert caught.value.code == code and not factors(module)
+
+
+@pytest.mark.parametrize(
+    ("values", "code"),
+    [
+        ({"dim": 0}, "GP204"),
+        ({"dropout": 2}, "GP204"),
+        ({"target_modules": []}, "GP819"),
+        ({"target_modules": [3]}, "GP819"),
+    ],
+)
+def test_lora_says_what_is_wrong_where_it_is_made(values, code):
+    with pytest.raises(graphpatch.Error) as caught:
+        LoRA(**values)
+    assert caught.value.code == code
 
 
 def test_an_optimizer_made_before_the_transform(tmp_path):

@@ -11,7 +11,7 @@ from .arguments import Count, Flag, Real, Share, Text
 from .calls import refuse_uncalled
 from .lora_attention import ATTENTION, FUSED, SEPARATE, attention_shapes, is_separate
 from .lora_experts import STACKS, row_of, stack
-from .lora_options import DIVIDE, LINEAR, OF_THE_WEIGHT, TIED, check_options
+from .lora_options import DIVIDE, LINEAR, OF_THE_WEIGHT, PARALLEL, PARALLEL_EMBEDDING, TIED, check_options
 from .lora_parts import with_layout
 from .lora_shapes import EXACT, Shape, factor_shapes
 from .op import Op, Refusal, Target
@@ -98,6 +98,9 @@ class Lora(Op):
         "torch.nn.modules.conv.ConvTranspose2d": "graphpatch.rewrites.lora_transposed:LoraTransposedConvolution",
         "torch.nn.modules.conv.ConvTranspose3d": "graphpatch.rewrites.lora_transposed:LoraTransposedConvolution",
         ATTENTION: FUSED,
+        "megatron.core.tensor_parallel.layers.ColumnParallelLinear": "graphpatch.megatron.lora:LoraColumnParallel",
+        "megatron.core.tensor_parallel.layers.RowParallelLinear": "graphpatch.megatron.lora:LoraRowParallel",
+        "megatron.core.tensor_parallel.layers.VocabParallelEmbedding": PARALLEL_EMBEDDING,
     }
     accepts_parameters: ClassVar = STACKS
     level: ClassVar[int] = 10
@@ -197,7 +200,7 @@ class Lora(Op):
         return self if adapter is None or self.adapter is not None else self.model_copy(update={"adapter": adapter})
 
     def resolved(self, target: Target) -> Op:
-        if self.parts is None or target.parameter or self._rewrite(target) not in LINEAR:
+        if self.parts is None or target.parameter or self._rewrite(target) not in LINEAR | PARALLEL:
             return self
         return with_layout(self, target)
 

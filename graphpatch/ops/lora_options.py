@@ -12,14 +12,17 @@ if TYPE_CHECKING:
     from .lora import Lora
 
 LINEAR = frozenset({"graphpatch.rewrites.lora:LoraLinear", "graphpatch.rewrites.lora_conv1d:LoraConv1D"})
-EMBEDDING = frozenset({"graphpatch.rewrites.lora_embedding:LoraEmbedding"})
+PARALLEL = frozenset({"graphpatch.megatron.lora:LoraColumnParallel", "graphpatch.megatron.lora:LoraRowParallel"})
+"""The linears of megatron-core."""
+PARALLEL_EMBEDDING = "graphpatch.megatron.lora_embedding:LoraVocabParallelEmbedding"
+EMBEDDING = frozenset({"graphpatch.rewrites.lora_embedding:LoraEmbedding", PARALLEL_EMBEDDING})
 CONVOLUTION = frozenset({"graphpatch.rewrites.lora_convolution:LoraConvolution"})
 TRANSPOSED_CONVOLUTION = frozenset({"graphpatch.rewrites.lora_transposed:LoraTransposedConvolution"})
 ATTENTION = frozenset({FUSED, SEPARATE})
 """Rewrites, by import path: an option has an effect where the rewrite knows it."""
 
-DORA = LINEAR | EMBEDDING | CONVOLUTION
-BIAS = LINEAR | CONVOLUTION | TRANSPOSED_CONVOLUTION
+DORA = (LINEAR | PARALLEL | EMBEDDING | CONVOLUTION) - {PARALLEL_EMBEDDING}
+BIAS = LINEAR | PARALLEL | CONVOLUTION | TRANSPOSED_CONVOLUTION
 OF_ANY = frozenset({"kaiming", "gaussian"})
 """The values of `init` that ask nothing of the target; the others are for one matrix."""
 DIVIDE = frozenset({"pissa", "olora", "loftq"})
@@ -28,7 +31,7 @@ OF_THE_WEIGHT = frozenset({"pissa", "olora"})
 """The values of `init` that take a part out of the weight, so that what they started from must be remembered."""
 
 
-TIED = frozenset({"graphpatch.rewrites.lora:LoraLinear"}) | EMBEDDING
+TIED = frozenset({"graphpatch.rewrites.lora:LoraLinear", "graphpatch.rewrites.lora_embedding:LoraEmbedding"})
 """Of a weight stored (vocabulary, dim)."""
 
 
@@ -39,7 +42,7 @@ def check_options(lora: Lora, target: Target, rewrite: str) -> None:
         raise _no_effect("dropout", cls, "it is given weights, and no input passes the factors", "dropout")
     if rewrite in ATTENTION and lora.layout:
         raise _no_effect("layout", cls, "its parts are known: q, k, v, out", "layout")
-    if lora.parts and rewrite not in LINEAR | ATTENTION:
+    if lora.parts and rewrite not in LINEAR | PARALLEL | ATTENTION:
         raise _no_effect("parts", cls, "it is no linear made of several", "parts")
     if lora.dora and rewrite not in DORA:
         raise _no_effect("dora=true", cls, "LoRA has no rows of one weight to scale there", "dora")

@@ -47,6 +47,25 @@ def embedding(signature: Signature, rank: int) -> tuple[Shape, Shape]:
     return (rank, vocabulary), (dim, rank)
 
 
+def vocab_parallel(signature: Signature, rank: int) -> tuple[Shape, Shape]:
+    """The `VocabParallelEmbedding` of megatron-core, whose weight is this rank's part of the vocabulary."""
+    vocabulary, dim = _matrix(signature)
+    return (rank, vocabulary), (dim, rank)
+
+
+def column_parallel(signature: Signature, rank: int) -> tuple[Shape, Shape]:
+    """The `ColumnParallelLinear` of megatron-core, whose weight is this rank's part of the rows."""
+    if "weight" not in signature.parameters:
+        raise Refusal(
+            "it has no weight of its own: it computes with the embedding's (share_embeddings_and_output_weights), and "
+            "an update of one use alone would part them",
+            "leave it out: except output_layer",
+            "or build the model with share_embeddings_and_output_weights=False",
+            code="GP424",
+        )
+    return linear(signature, rank)
+
+
 def convolution(signature: Signature, rank: int) -> tuple[Shape, Shape]:
     """A is a weight like the base's with rank channels out; B one of size 1. Groups split the rank among them."""
     facts = signature.attributes
@@ -80,6 +99,8 @@ KINDS: dict[str, Callable[[Signature, int], tuple[Shape, Shape]]] = {
     "torch.nn.modules.conv.ConvTranspose1d": transposed_convolution,
     "torch.nn.modules.conv.ConvTranspose2d": transposed_convolution,
     "torch.nn.modules.conv.ConvTranspose3d": transposed_convolution,
+    "megatron.core.tensor_parallel.layers.VocabParallelEmbedding": vocab_parallel,
+    "megatron.core.tensor_parallel.layers.ColumnParallelLinear": column_parallel,
 }
 """By qualified class name; the first of a target's MRO that stands here decides."""
 

@@ -79,6 +79,7 @@ class InPlaceChange:
         buffers = [f for f in direct if f.buffer]
         states: dict[tuple[type, int], _State] = {}
         look, devices, accompanied = self.look, self.devices, overrides(self.mixin, "companions")
+        attributed = overrides(self.mixin, "attributes")
         for at, module in enumerate(self.modules):
             own = module.__dict__
             registered = own["_parameters"]
@@ -112,6 +113,9 @@ class InPlaceChange:
                 tensors = {}
             if self.children:
                 tensors |= self._with_children(module, device)
+            if attributed:
+                for name, attributes in self.mixin.attributes(self.entry, module).items():
+                    tensors[name].__dict__.update(attributes)
             if self.factories and self.initialise and not device.type == "meta":
                 self.mixin.initialise(self.entry, tensors, module)
                 if self.seen:

@@ -84,9 +84,12 @@ class LoraOfWeight(LoraModule):
         if adapter.bias:
             return added + self._scaled_bias(adapter, added)
         if adapter.magnitude:
-            product = output if self.bias is None else output - self._along_rows(self.bias).to(output.dtype)
-            return added + self._gain_less_one(adapter, output) * (product + added)
+            return added + self._gain_less_one(adapter, output) * (self._unbiased(output) + added)
         return added
+
+    def _unbiased(self, output: Tensor) -> Tensor:
+        """Of the base's output, W x."""
+        return output if self.bias is None else output - self._along_rows(self.bias).to(output.dtype)
 
     def _dropped_addend(self, adapter: Adapter, input: Tensor) -> Tensor:
         """As in PEFT: all that the adapter does to the weight sees the dropped input, DoRA's share of W among it; what
@@ -104,9 +107,13 @@ class LoraOfWeight(LoraModule):
         return added - self._low_rank(input, start[0], start[1], scale) if start else added
 
     def _scaled_bias(self, adapter: Adapter, like: Tensor) -> Tensor:
-        return self._along_rows(getattr(self, adapter.bias) * adapter.scale).to(like.dtype)
+        return self._along_rows(self._vector(adapter.bias) * adapter.scale).to(like.dtype)
 
     def _gain_less_one(self, adapter: Adapter, like: Tensor) -> Tensor:
         """What DoRA multiplies the rows of the weight by, less one: zero at the start, and small in half precision."""
         norms = self.row_norms(adapter, partial(getattr, self), self)
-        return self._along_rows(gain(getattr(self, adapter.magnitude), norms) - 1).to(like.dtype)
+        return self._along_rows(gain(self._vector(adapter.magnitude), norms) - 1).to(like.dtype)
+
+    def _vector(self, name: str) -> Tensor:
+        """One of the adapter's own vectors (out,)."""
+        return getattr(self, name)  # type: ignore[no-any-return]

@@ -92,6 +92,11 @@ class InPlace(_Module):
         return {}
 
     @classmethod
+    def attributes(cls, entry: Any, module: nn.Module) -> Mapping[str, Mapping[str, Any]]:
+        """Attributes that the tensors which the op adds to `module` bear, by the tensor's name."""
+        return {}
+
+    @classmethod
     def initialise(cls, entry: Any, tensors: Mapping[str, torch.Tensor], module: nn.Module) -> None:
         """Fill the parameters and buffers that the op adds to `module`, given by name; nothing else of it may change.
         Never called on the meta device, nor where an adapter's file brings the values."""

@@ -115,6 +115,7 @@ def fill(model: nn.Module, only: Callable[[str], bool] = lambda name: True, seed
     """Give parameters values that depend on their global name alone, each rank its shard of the whole."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            parameter.of_expert = ".experts." in name
             if only(name):
                 whole_name = global_name(model, name)
                 generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}{whole_name}".encode()))
@@ -126,7 +127,7 @@ def fill(model: nn.Module, only: Callable[[str], bool] = lambda name: True, seed
 
 def _group(parameter: nn.Parameter) -> tuple[int, int]:
     """The rank and the size of the group that shares a sharded parameter; one of one for another."""
-    if not getattr(parameter, "tensor_model_parallel", False):
+    if not getattr(parameter, "tensor_model_parallel", False) or getattr(parameter, "partition_dim", -1) < 0:
         return 0, 1
     if getattr(parameter, "of_expert", False):
         group = parallel_state.get_expert_tensor_parallel_group()

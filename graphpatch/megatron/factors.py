@@ -1,0 +1,86 @@
+"""What a distributed checkpoint is told of the tensors that a patch added to a parallel module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.lora_parts import Spread
+from ..patch.record import record_of
+from ..rewrites.lora_base import Adapter
+from .sharding import group_of
+
+Offsets = Any
+"""(axis, position, size) of dimensions that stand before a tensor's own: its layer's, its expert's."""
+
+
+def sharded_factors(
+    module: nn.Module, prefix: str, sharded_offsets: Offsets, metadata: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The entries of all adapters on a module, by their names in the state dict.
+
+    Of the layers of a homogeneous model a checkpoint makes one tensor. An adapter may be on some of them alone, so each
+    of its tensors has a key of its own, which ends in the numbers of its layer and of its expert.
+    """
+    place = "".join(f".{position}" for _, position, _ in sharded_offsets)
+    found: dict[str, Any] = {}
+    for held in record_of(module).held:
+        if isinstance(held.entry, Adapter):
+            for name in held.entry.tensors:
+                spread = held.entry.spread if name == held.entry.b else None
+                key, tensor = f"{prefix}{name}{place}", getattr(module, name)
+                found[prefix + name] = _entry(module, key, tensor, spread, metadata)
+    return found
+
+
+def _entry(module: nn.Module, key: str, tensor: Tensor, spread: Spread | None, metadata: Any) -> Any:
+    sizes = [spread.groups * spread.sizes[part] for part in spread.chosen] if spread else []
+    dim, stride = getattr(tensor, "partition_dim", None), getattr(tensor, "partition_stride", 1)
+    if dim is None:
+        return _sharded(module, key, tensor, None, metadata)
+    if stride > 1:
+        sizes = [tensor.shape[dim] // stride] * stride
+    return (
+        _pieces(module, key, tensor, sizes, metadata)
+        if len(sizes) > 1
+        else _sharded(module, key, tensor, dim, metadata)
+    )
+
+
+def _sharded(module: nn.Module, key: str, tensor: Tensor, dim: int | None, metadata: Any) -> Any:
+    """Of a tensor of which each rank has a part along `dim`, or all (None)."""
+    from megatron.core import parallel_state
+    from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
+
+    known = (metadata or {}).get("dp_cp_group")
+    groups = {
+        "tp_group": group_of(module),
+        "dp_cp_group": known or parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    if dim is None:
+        return make_sharded_tensor_for_checkpoint(tensor, key, **groups)
+    return make_tp_sharded_tensor_for_checkpoint(tensor, key, dim, **groups)
+
+
+def _pieces(module: nn.Module, key: str, tensor: Tensor, sizes: list[int], metadata: Any) -> Any:
+    """Of rows that are several matrices one behind the other, each shared out by itself: gate and up, or q and v."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+
+    @torch.no_grad()
+    def build(key: str, tensor: Tensor, replica: Any, flattened_range: slice | None = None) -> list[Any]:
+        if flattened_range is not None:
+            raise NotImplementedError("optimizer states by flattened ranges: use fully_reshardable or dp_reshardable")
+        parts = tensor.split(sizes)
+        made = [_sharded(module, f"{key}.part{at}", part, 0, metadata) for at, part in enumerate(parts)]
+        for piece in made:
+            piece.replica_id = replica
+        return made
+
+    @torch.no_grad()
+    def merge(parts: list[Tensor]) -> Tensor:
+        return torch.cat(list(parts))
+
+    like = _sharded(module, key, tensor, 0, metadata)
+    return ShardedTensorFactory(key, tensor, build, merge, like.replica_id)

@@ -81,7 +81,8 @@ def with_layout(lora: Lora, target: Target) -> Lora:
 def _known(target: Target, out: int) -> Layout | None:
     child = target.path.rpartition(".")[2]
     # Somebody's own subclass may split otherwise.
-    theirs = [c for c in target.parent.mro if c.startswith("transformers.models.")] if target.parent else []
+    known = ("transformers.models.", "megatron.core.transformer.")
+    theirs = [c for c in target.parent.mro if c.startswith(known)] if target.parent else []
     if target.parent is None or target.parent.mro[:1] != tuple(theirs[:1]):
         return None
     rule = next((FUSED[pair] for c in theirs if (pair := (c.rpartition(".")[2], child)) in FUSED), None)
@@ -162,6 +163,20 @@ def _codegen(target: Target, out: int) -> Layout | None:
     return Layout(tuple((name, out // 12) for name in ("q", "v", "k")), 4)
 
 
+def _megatron(target: Target, out: int) -> Layout | None:
+    """This rank's groups of queries, each with its keys and values."""
+    names = ("num_attention_heads_per_partition", "num_query_groups_per_partition", "hidden_size_per_attention_head")
+    heads, groups, size = (_number(target, name) for name in names)
+    if heads is None or groups is None or size is None:
+        return None
+    return Layout((("q", heads // groups * size), ("k", size), ("v", size)), groups)
+
+
+def _megatron_gated(target: Target, out: int) -> Layout | None:
+    """This rank's part of either."""
+    return _even(*GATE_UP)(target, out) if _true(target, "gated_linear_unit") else None
+
+
 FUSED: dict[tuple[str, str], Rule] = {
     **dict.fromkeys([(f"{x}Attention", "c_attn") for x in ("GPT2", "DecisionTransformerGPT2", "ImageGPT")], _gpt2),
     ("GPTBigCodeAttention", "c_attn"): _bigcode,
@@ -180,5 +195,9 @@ FUSED: dict[tuple[str, str], Rule] = {
     **{(f"{x}Attention", "qkv"): _even(*QKV) for x in ("Blip", "Blip2", "InstructBlip")},
     **{(f"{x}MLP", "gate_up_proj"): _even(*GATE_UP) for x in ("Phi3", "Phi4Multimodal", "Glm", "Glm4", "Dia")},
     ("ModernBertMLP", "Wi"): _even("gate", "up"),
+    ("SelfAttention", "linear_qkv"): _megatron,
+    **{(cls, "linear_fc1"): _megatron_gated for cls in ("MLP", "SharedExpertMLP")},
 }
-"""By the class around the linear, of Transformers, and the linear's name there. ModernBERT activates the first half."""
+"""By the class around the linear, of Transformers or megatron-core, and the linear's name there.
+
+ModernBERT activates the first half."""

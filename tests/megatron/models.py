@@ -149,8 +149,15 @@ def shard(parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
     rank, size = _group(parameter)
     if size == 1:
         return whole
-    dim, stride = parameter.partition_dim, parameter.partition_stride  # type: ignore[attr-defined]
-    return torch.cat(whole.chunk(size * stride, dim)[rank::size], dim)
+    dim = parameter.partition_dim  # type: ignore[attr-defined]
+    pieces = whole.split([size * rows for rows in _pieces(parameter)], dim)
+    return torch.cat([piece.chunk(size, dim)[rank] for piece in pieces], dim)
+
+
+def _pieces(parameter: nn.Parameter) -> list[int]:
+    """The rows (or columns) of a shard that are a part of each piece of the whole."""
+    stride, length = parameter.partition_stride, parameter.shape[parameter.partition_dim]  # type: ignore[attr-defined]
+    return getattr(parameter, "pieces", None) or [length // stride] * stride
 
 
 def gathered(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
@@ -166,6 +173,6 @@ def gathered(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
     )
     parts = [torch.empty_like(value) for _ in range(size)]
     torch.distributed.all_gather(parts, value.detach().contiguous(), group=group)
-    dim, stride = parameter.partition_dim, parameter.partition_stride  # type: ignore[attr-defined]
-    pieces = [part.chunk(stride, dim) for part in parts]
-    return torch.cat([pieces[r][s] for s in range(stride) for r in range(size)], dim)
+    dim, sizes = parameter.partition_dim, _pieces(parameter)  # type: ignore[attr-defined]
+    pieces = [part.split(sizes, dim) for part in parts]
+    return torch.cat([pieces[rank][at] for at in range(len(sizes)) for rank in range(size)], dim)

@@ -6,9 +6,11 @@ fails ends the others, and its traceback is the test's; a group that takes too l
 
 from __future__ import annotations
 
+import contextlib
 import io
 import multiprocessing
 import os
+import signal
 import tempfile
 import time
 import traceback
@@ -74,8 +76,10 @@ def ranks(
             return _collected(ends, world, time.monotonic() + timeout)
         finally:
             for worker in workers:
-                if worker.is_alive():
-                    worker.kill()
+                # With what it started: a checkpoint's writer has a process of its own, which would outlive it.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(worker.pid or 0, signal.SIGKILL)
+                worker.kill()
                 worker.join()
 
 
@@ -113,6 +117,7 @@ def _worker(
     args: tuple[Any, ...],
     timeout: float,
 ) -> None:
+    os.setpgid(0, 0)
     try:
         torch.set_num_threads(1)
         torch.distributed.init_process_group(

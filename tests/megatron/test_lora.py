@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from megatron.core import dist_checkpointing
+from torch import nn
 
+from graphpatch.megatron import lora
+
+from .models import BATCH, LENGTH, VOCABULARY
 from .pool import one, ranks
 from .training import assert_same, built, together, trained
 
@@ -16,6 +22,8 @@ RULES = {
     "the base trains too": LINEARS.format("") + "train **",
     "bias": LINEARS.format(", bias=true") + FROZEN,
     "dora": LINEARS.format(", dora=true") + FROZEN,
+    "parts": 'patch linear_qkv with lora(rank=4, parts=["q", "v"]) expect any\n'
+    'patch linear_fc1 with lora(rank=4, parts=["up"]) expect any\n' + FROZEN,
     "embedding": "patch :VocabParallelEmbedding with lora(rank=4, alpha=8) expect any\n" + FROZEN,
 }
 
@@ -61,3 +69,109 @@ def test_experts_over_ranks_are_experts_on_one(layout):
 
 def sequence_experts(rules: str) -> dict[str, Any]:
     return experts(rules, sequence_parallel=True)
+
+
+# ── the three mistakes that raise nothing: each is seen ──
+
+
+def without_summed_gradients(rules: str) -> dict[str, Any]:
+    lora.LoraColumnParallel._whole = lambda self, x: x  # type: ignore[method-assign]
+    return case(rules)
+
+
+def without_the_mark_of_sequence_parallelism(rules: str) -> dict[str, Any]:
+    plain = lora.replicated_marks
+    lora.replicated_marks = lambda module, partial: plain(module, partial=False)  # type: ignore[assignment]
+    return sequence_parallel(rules)
+
+
+@pytest.mark.parametrize("mistaken", [without_summed_gradients, without_the_mark_of_sequence_parallelism])
+def test_a_missing_sum_is_seen(mistaken):
+    with pytest.raises(AssertionError, match=r"differs|not close"):
+        assert_same(together(ranks(mistaken, RULES["lora"], tp=2)), alone("lora"))
+
+
+# ── checkpoints ──
+
+
+def outputs(chunks: Any) -> torch.Tensor | None:
+    ids = torch.arange(BATCH * LENGTH).reshape(BATCH, LENGTH) % VOCABULARY
+    return chunks[0](ids, torch.arange(LENGTH).expand(BATCH, LENGTH), None).detach()
+
+
+def entries(chunk: nn.Module) -> dict[str, Any]:
+    return chunk.sharded_state_dict(metadata={})  # type: ignore[operator, no-any-return]
+
+
+def saved(rules: str | None, folder: str, only_adapter: bool) -> torch.Tensor | None:
+    chunks = built(rules, gather=True)
+    whole = entries(chunks[0])
+    held = {name: entry for name, entry in whole.items() if "lora" in name or not only_adapter}
+    dist_checkpointing.save(held, folder)
+    return outputs(chunks) if len(chunks) == 1 and chunks[0].pre_process and chunks[0].post_process else None
+
+
+def named_and_shaped(rules: str | None, **options: Any) -> dict[str, Any]:
+    chunks = built(rules, **options)
+    found = {}
+    for name, entry in entries(chunks[0]).items():
+        for tensor in entry.build() if hasattr(entry, "build") else [entry]:
+            found[name, tensor.key] = tuple(getattr(tensor, "global_shape", ()))
+    return found
+
+
+def test_the_base_has_the_keys_and_shapes_of_a_stock_model():
+    stock, patched, over_two = (
+        one(named_and_shaped, None),
+        one(named_and_shaped, RULES["dora"]),
+        ranks(named_and_shaped, RULES["dora"], tp=2)[1],
+    )
+    assert patched == over_two
+    assert {k: v for k, v in patched.items() if "lora" not in k[0]} == stock
+
+
+KINDS_SAVED = {
+    "every linear": RULES["lora"],
+    "dora": RULES["dora"],
+    "parts": 'patch linear_qkv with lora(rank=4, parts=["q", "v"])\n'
+    'patch linear_fc1 with lora(rank=4, parts=["gate", "up"])\n' + FROZEN,
+    "some layers": "patch ^decoder.layers[1].**:ColumnParallelLinear with lora(rank=4) expect any\n" + FROZEN,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_SAVED)
+@pytest.mark.parametrize("only_adapter", [False, True], ids=["whole", "adapter"])
+def test_a_checkpoint_loads_at_another_layout(tmp_path, kind, only_adapter):
+    rules, chain = KINDS_SAVED[kind], [{"tp": 2}, {}, {"tp": 2, "pp": 2}, {}]
+    if kind == "some layers":
+        chain = [{"tp": 2}, {}]
+    results = []
+    for at, layout in enumerate(chain):
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        if at:
+            results += ranks(reloaded, rules, str(tmp_path / str(at - 1)), str(folder), only_adapter, **layout)
+        else:
+            results += ranks(saved, rules, str(folder), only_adapter, **layout)
+    want = one(alone_outputs, rules)
+    assert len([r for r in results if r is not None]) >= len(chain) - 1
+    for result in results:
+        if result is not None:
+            torch.testing.assert_close(result, want, rtol=0, atol=1e-5)
+
+
+def alone_outputs(rules: str) -> Any:
+    return outputs(built(rules, gather=True))
+
+
+def reloaded(rules: str, source: str, folder: str, only_adapter: bool) -> Any:
+    chunks = built(rules, gather=True)
+    wanted = lambda name: "lora" in name or not only_adapter  # noqa: E731
+    with torch.no_grad():
+        for name, parameter in chunks[0].named_parameters():
+            if wanted(name):
+                parameter.fill_(7)
+    held = {n: e for n, e in entries(chunks[0]).items() if wanted(n)}
+    chunks[0].load_state_dict(dist_checkpointing.load(held, source), strict=False)
+    dist_checkpointing.save({n: e for n, e in entries(chunks[0]).items() if wanted(n)}, folder)
+    return outputs(chunks) if chunks[0].pre_process and chunks[0].post_process else None

@@ -13,6 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import nn
 
 import graphpatch
+from graphpatch.patch.record import record_of
 
 from .models import BATCH, LENGTH, VOCABULARY, fill, gathered, global_name, gpt
 
@@ -26,8 +27,18 @@ def built(rules: str | None, **options: Any) -> list[nn.Module]:
     if rules is not None:
         for chunk in chunks:
             graphpatch.apply(chunk, graphpatch.parse(rules))
+            _mark_pieces(chunk)
             fill(chunk, lambda name: "lora" in name)
     return chunks
+
+
+def _mark_pieces(chunk: nn.Module) -> None:
+    """A B for parts of a linear has the rows of one part behind those of another."""
+    for module in chunk.modules():
+        for held in record_of(module).held:
+            how = getattr(held.entry, "spread", None)
+            if how is not None:
+                getattr(module, held.entry.b).pieces = [how.groups * how.sizes[part] for part in how.chosen]
 
 
 def batch(step: int, at: int) -> tuple[torch.Tensor, torch.Tensor]:

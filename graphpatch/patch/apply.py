@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from importlib import import_module
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +49,17 @@ def apply(
     `batches` are for ops that start from data (`lora(init="eva")`): each is a dict of keyword arguments, a tuple or
     list of positional ones, or a single value. They are run once, in eval mode without gradients, before all else.
 
+    A megatron-core model that stands on several ranks is a whole: see `graphpatch.megatron.apply`, which is what is
+    called then, on every rank.
+
     Raises `RuleError`, `PlanError` or `ApplyError`; then nothing has changed.
     """
+    whole = _over_ranks(model)
+    if whole is not None:
+        if batches is not None:
+            fix = "another init: a rank sees a part of the model alone"
+            raise ApplyError(Diagnostic("GP932", "a model over several ranks cannot start from batches", fixes=(fix,)))
+        return whole(model, rules, adapter=adapter, allow_import=allow_import, **params)  # type: ignore[no-any-return]
     if isinstance(rules, (str, PathLike)):
         from ..plan.ruleset import load
 
@@ -63,6 +73,23 @@ def apply(
         warnings.warn(diagnostic.render(), stacklevel=2)
     # The tree was taken of this model a moment ago: no need to ask whether it still holds.
     return _carried(plan, model) or _carry_out(plan, model, plan.tree, plan.allow_import, fresh=True, batches=batches)
+
+
+OVER_RANKS = {"megatron.core.transformer.module.MegatronModule": "graphpatch.megatron.over_ranks:apply"}
+"""Classes of models of which a process may have a part, and the import path of what applies rules to the whole."""
+
+
+def _over_ranks(model: Any) -> Callable[..., Any] | None:
+    part = model[0] if isinstance(model, (list, tuple)) and model else model
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not isinstance(model, (list, tuple)) and not (several and torch.distributed.get_world_size() > 1):
+        return None
+    names = (f"{c.__module__}.{c.__qualname__}" for c in type(unwrapped(part)).__mro__)
+    path = next((OVER_RANKS[name] for name in names if name in OVER_RANKS), None)
+    if path is None:
+        return None
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)  # type: ignore[no-any-return]
 
 
 def apply_plan(
@@ -85,6 +112,17 @@ def apply_plan(
     return known or _carry_out(plan, model, tree, allowed, initialise=initialise, batches=batches)
 
 
+def apply_bound(
+    plan: Plan, model: nn.Module, tree: Tree, *, initialise: bool = True, ready: Callable[[], None] | None = None
+) -> Patch:
+    """The same for a plan whose nodes are those of `tree`, which was taken of `model` and has its modules.
+
+    `ready` is called when everything that can be refused was looked at, and nothing has changed yet; what it raises is
+    passed on. It is not called where the model carries the plan already.
+    """
+    return _carried(plan, model) or _carry_out(plan, model, tree, plan.allow_import, initialise=initialise, ready=ready)
+
+
 def _carried(plan: Plan, model: nn.Module) -> Patch | None:
     """The handle of this very plan, where the model carries it."""
     root = unwrapped(model)
@@ -99,6 +137,7 @@ def _carry_out(
     fresh: bool = False,
     initialise: bool = True,
     batches: Iterable[Any] | None = None,
+    ready: Callable[[], None] | None = None,
 ) -> Patch:
     root = unwrapped(model)
     nodes = [node for step in plan.steps for node in step.nodes]
@@ -108,6 +147,8 @@ def _carry_out(
     refuse_unknown(changes, root, tree.paths)
     observe(model, changes, batches, tree.paths)
     _join(changes, root)
+    if ready is not None:
+        ready()
 
     journal = Journal(plan.id, plan.record, tree.names, tree.parents)
     try:

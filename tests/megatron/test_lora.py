@@ -15,16 +15,16 @@ from .models import BATCH, LENGTH, VOCABULARY
 from .pool import one, ranks
 from .training import assert_same, built, together, trained
 
-LINEARS = "patch :ColumnParallelLinear | :RowParallelLinear with lora(rank=4, alpha=8{}) expect any\n"
+LINEARS = "patch :ColumnParallelLinear | :RowParallelLinear with lora(rank=4, alpha=8{})\n"
 FROZEN = "freeze ** except @new"
 RULES = {
     "lora": LINEARS.format("") + FROZEN,
     "the base trains too": LINEARS.format("") + "train **",
     "bias": LINEARS.format(", bias=true") + FROZEN,
     "dora": LINEARS.format(", dora=true") + FROZEN,
-    "parts": 'patch linear_qkv with lora(rank=4, parts=["q", "v"]) expect any\n'
-    'patch linear_fc1 with lora(rank=4, parts=["up"]) expect any\n' + FROZEN,
-    "embedding": "patch :VocabParallelEmbedding with lora(rank=4, alpha=8) expect any\n" + FROZEN,
+    "parts": 'patch linear_qkv with lora(rank=4, parts=["q", "v"])\n'
+    'patch linear_fc1 with lora(rank=4, parts=["up"])\n' + FROZEN,
+    "embedding": "patch :VocabParallelEmbedding with lora(rank=4, alpha=8)\n" + FROZEN,
 }
 
 
@@ -135,7 +135,7 @@ KINDS_SAVED = {
     "dora": RULES["dora"],
     "parts": 'patch linear_qkv with lora(rank=4, parts=["q", "v"])\n'
     'patch linear_fc1 with lora(rank=4, parts=["gate", "up"])\n' + FROZEN,
-    "some layers": "patch ^decoder.layers[1].**:ColumnParallelLinear with lora(rank=4) expect any\n" + FROZEN,
+    "some layers": "patch ^decoder.layers[1].**:ColumnParallelLinear with lora(rank=4)\n" + FROZEN,
 }
 
 
@@ -143,8 +143,6 @@ KINDS_SAVED = {
 @pytest.mark.parametrize("only_adapter", [False, True], ids=["whole", "adapter"])
 def test_a_checkpoint_loads_at_another_layout(tmp_path, kind, only_adapter):
     rules, chain = KINDS_SAVED[kind], [{"tp": 2}, {}, {"tp": 2, "pp": 2}, {}]
-    if kind == "some layers":
-        chain = [{"tp": 2}, {}]
     results = []
     for at, layout in enumerate(chain):
         folder = tmp_path / str(at)

@@ -20,13 +20,18 @@ from .models import BATCH, LENGTH, VOCABULARY, fill, gathered, global_name, gpt
 MICROBATCHES = 2
 
 
+def chunks_of(**options: Any) -> list[nn.Module]:
+    """This rank's chunks of a stock model."""
+    count = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+    return [gpt(vp_stage=at, **options) for at in range(count)] if count else [gpt(**options)]
+
+
 def built(rules: str | None, **options: Any) -> list[nn.Module]:
     """This rank's chunks, patched, with factors whose values depend on their global names alone."""
-    count = parallel_state.get_virtual_pipeline_model_parallel_world_size()
-    chunks = [gpt(vp_stage=at, **options) for at in range(count)] if count else [gpt(**options)]
+    chunks = chunks_of(**options)
     if rules is not None:
+        graphpatch.apply(chunks, graphpatch.parse(rules))  # type: ignore[call-overload]
         for chunk in chunks:
-            graphpatch.apply(chunk, graphpatch.parse(rules))
             _mark_pieces(chunk)
             fill(chunk, lambda name: "lora" in name)
     return chunks

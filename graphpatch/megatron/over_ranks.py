@@ -1,0 +1,165 @@
+"""Rules on a model that stands on several ranks: one plan for the whole of it, of which each rank does its part."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from os import PathLike, fspath
+from typing import Any, overload
+
+from torch import nn
+
+from ..patch.apply import apply_bound
+from ..patch.patch import Patch
+from ..plan.freeze import Grads
+from ..plan.plan import Plan, Step
+from ..plan.ruleset import RuleSet, load
+from ..tree.tree import Tree
+from .ranks import agree, all_or_none, refuse_different, told
+from .whole import merged, numbered
+
+Rules = str | PathLike[str] | RuleSet
+
+
+def plan(
+    model: nn.Module | Sequence[nn.Module],
+    rules: Rules,
+    /,
+    *,
+    adapter: str | None = None,
+    allow_import: str | Sequence[str] = (),
+    **params: Any,
+) -> Plan:
+    """What `rules` would do to the whole model, of which `model` is this rank's part: a `GPTModel`, or the list of its
+    virtual chunks. Called on every rank, each of which gets the same plan, or the same error.
+
+    `layers[5]` is layer 5 of the whole model, and `expect` counts over it. Raises `RuleError`, `PlanError`, or
+    `ApplyError`: GP931 where ranks have other rules, GP930 for what happened to another rank.
+    """
+    return _planned(_chunks(model), rules, adapter, allow_import, params)[0]
+
+
+@overload
+def apply(model: nn.Module, rules: Rules, /, **options: Any) -> Patch: ...
+@overload
+def apply(model: Sequence[nn.Module], rules: Rules, /, **options: Any) -> list[Patch]: ...
+def apply(
+    model: nn.Module | Sequence[nn.Module],
+    rules: Rules,
+    /,
+    *,
+    adapter: str | None = None,
+    allow_import: str | Sequence[str] = (),
+    initialise: bool = True,
+    **params: Any,
+) -> Patch | list[Patch]:
+    """`plan`, and this rank's part of it carried out: on all ranks, or on none. Gives a patch for a model, and a list
+    for a list of chunks."""
+    chunks = _chunks(model)
+    whole, trees = _planned(chunks, rules, adapter, allow_import, params)
+    for diagnostic in whole.warnings:
+        warnings.warn(diagnostic.render(), stacklevel=2)
+    patches = _carried_out(whole, chunks, trees, initialise)
+    return patches if isinstance(model, (list, tuple, nn.ModuleList)) else patches[0]
+
+
+def _chunks(model: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
+    return list(model) if isinstance(model, (list, tuple, nn.ModuleList)) else [model]  # type: ignore[list-item]
+
+
+def _planned(
+    chunks: Sequence[nn.Module],
+    rules: Rules,
+    adapter: str | None,
+    allow_import: str | Sequence[str],
+    params: dict[str, Any],
+) -> tuple[Plan, list[Tree]]:
+    def read() -> tuple[RuleSet, list[Tree]]:
+        found = load(rules, **params) if isinstance(rules, (str, PathLike)) else rules
+        return found, [numbered(Tree.of(chunk), _expert_rank()) for chunk in chunks]
+
+    found, trees = all_or_none(read)
+    said = [source.text for source in found.program.files if not source.packaged] or [_name(rules)]
+    given = f"params {found.program.params}, adapter {adapter}" if found.program.params or adapter else ""
+    refuse_different("rules", told("\n".join([*said, given])), "give every rank the same rule file and params")
+    # Each text once: ranks of tensor and data parallelism have the same.
+    texts = dict.fromkeys(text for rank in told([tree.to_text() for tree in trees]) for text in rank)
+    whole = merged([Tree.from_text(text) for text in texts])
+    return found.plan(whole, adapter=adapter, allow_import=allow_import), trees
+
+
+def _name(rules: Rules) -> str:
+    return rules.name if isinstance(rules, RuleSet) else fspath(rules)
+
+
+def _expert_rank() -> int:
+    from megatron.core import parallel_state
+
+    if not parallel_state.is_initialized():
+        return 0
+    return int(parallel_state.get_expert_model_parallel_rank())
+
+
+def _carried_out(whole: Plan, chunks: Sequence[nn.Module], trees: Sequence[Tree], initialise: bool) -> list[Patch]:
+    done: list[Patch] = []
+    try:
+        for chunk, tree in zip(chunks, trees):
+            done.append(_agreed(_part(whole, tree), chunk, tree, initialise))
+    except Exception:
+        for patch in reversed(done):
+            patch.revert()
+        raise
+    return done
+
+
+def _agreed(part: Plan, chunk: nn.Module, tree: Tree, initialise: bool) -> Patch:
+    """Carry out a part. The ranks ask each other twice: before anything changes, and when it has changed."""
+    asked: list[bool] = []
+    agreed: list[bool] = []
+
+    def ready() -> None:
+        asked.append(True)
+        agree(None)
+        agreed.append(True)
+
+    patch, error = None, None
+    try:
+        patch = apply_bound(part, chunk, tree, initialise=initialise, ready=ready)
+    except Exception as raised:
+        error = raised
+    if not asked:
+        agree(error)
+    elif not agreed:  # another could not, and all know
+        assert error is not None
+        raise error
+    try:
+        agree(error)
+    except Exception:
+        if patch is not None:
+            patch.revert()
+        raise
+    assert patch is not None
+    return patch
+
+
+def _part(whole: Plan, tree: Tree) -> Plan:
+    """What of a plan is to be done to the modules of `tree`."""
+    here = {node: at for node, path in enumerate(whole.tree.paths) if (at := tree.find(path)) is not None}
+    there = {at: node for node, at in here.items()}
+
+    def local(steps: Sequence[Step]) -> list[Step]:
+        found = (replace(step, nodes=[here[node] for node in step.nodes if node in here]) for step in steps)
+        return [step for step in found if step.nodes]
+
+    grads = whole.grads
+    if grads is not None:
+        nodes = [there[at] for at in range(len(tree))]
+        grads = Grads(
+            bytearray(grads.own[node] for node in nodes),
+            bytearray(grads.added[node] for node in nodes),
+            {(here[node], name): state for (node, name), state in grads.each.items() if node in here},
+        )
+    part = replace(whole, tree=tree, steps=local(whole.steps), already=local(whole.already), grads=grads)
+    part.__dict__["id"] = whole.id  # by which the patches of all ranks are one
+    return part

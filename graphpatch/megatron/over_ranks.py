@@ -17,7 +17,7 @@ from ..plan.plan import Plan, Step
 from ..plan.ruleset import RuleSet, load
 from ..tree.tree import Tree
 from .ranks import agree, all_or_none, refuse_different, told
-from .whole import merged, numbered
+from .whole import expert_rank, merged, numbered
 
 Rules = str | PathLike[str] | RuleSet
 
@@ -77,7 +77,7 @@ def _planned(
 ) -> tuple[Plan, list[Tree]]:
     def read() -> tuple[RuleSet, list[Tree]]:
         found = load(rules, **params) if isinstance(rules, (str, PathLike)) else rules
-        return found, [numbered(Tree.of(chunk), _expert_rank()) for chunk in chunks]
+        return found, [numbered(Tree.of(chunk), expert_rank()) for chunk in chunks]
 
     found, trees = all_or_none(read)
     said = [source.text for source in found.program.files if not source.packaged] or [_name(rules)]
@@ -91,14 +91,6 @@ def _planned(
 
 def _name(rules: Rules) -> str:
     return rules.name if isinstance(rules, RuleSet) else fspath(rules)
-
-
-def _expert_rank() -> int:
-    from megatron.core import parallel_state
-
-    if not parallel_state.is_initialized():
-        return 0
-    return int(parallel_state.get_expert_model_parallel_rank())
 
 
 def _carried_out(whole: Plan, chunks: Sequence[nn.Module], trees: Sequence[Tree], initialise: bool) -> list[Patch]:

@@ -50,6 +50,13 @@ def _config(tree: Tree) -> Mapping[str, Any]:
     return next((c for c in tree.configs if _LAYERS in c), {})
 
 
+def expert_rank() -> int:
+    """This rank's among those that share the experts."""
+    from megatron.core import parallel_state
+
+    return int(parallel_state.get_expert_model_parallel_rank()) if parallel_state.is_initialized() else 0
+
+
 class _Node:
     __slots__ = ("children", "marks", "name", "signature")
 

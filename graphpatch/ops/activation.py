@@ -25,7 +25,10 @@ class Activation(Op):
     the square of relu (arXiv:2109.08668), `quick_gelu` x * sigmoid(1.702 x), `linear` none.
     """
 
-    accepts: ClassVar = {"*": "graphpatch.rewrites.activation:ActivationAttribute"}
+    accepts: ClassVar = {
+        "megatron.core.transformer.mlp.MLP": "graphpatch.megatron.activation:MegatronActivation",
+        "*": "graphpatch.rewrites.activation:ActivationAttribute",
+    }
     level: ClassVar[int] = 0
 
     kind: Function

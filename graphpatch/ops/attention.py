@@ -6,15 +6,20 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from .calls import refuse_uncalled
+from .megatron import refuse_other_scaling
 from .op import Op, Refusal, Target
 
 
 class AttentionOp(Op):
-    """An op that changes how scores become weights, in one of three kinds of attention: Transformers' (through its
-    attention interface), `nn.MultiheadAttention`, and modules that call `F.scaled_dot_product_attention`."""
+    """An op that changes how scores become weights, in one of four kinds of attention: Transformers' (through its
+    attention interface), `nn.MultiheadAttention`, megatron-core's `DotProductAttention`, and modules that call
+    `F.scaled_dot_product_attention`."""
 
     accepts: ClassVar = {
         "torch.nn.modules.activation.MultiheadAttention": "graphpatch.rewrites.attention_torch:TorchAttention",
+        "megatron.core.transformer.dot_product_attention.DotProductAttention": (
+            "graphpatch.megatron.attention:MegatronAttention"
+        ),
         "*": "graphpatch.rewrites.attention_sdpa:SdpaAttention",
     }
     level: ClassVar[int] = 5
@@ -28,6 +33,13 @@ class AttentionOp(Op):
 
     def check(self, target: Target) -> None:
         refuse_uncalled(target, self.op)
+        refuse_other_scaling(target)
+        if any(name.startswith("megatron.core.extensions.") for name in target.signature.mro):
+            raise Refusal(
+                f"{target.signature.cls} computes attention in a library of its own, which `{self.op}` cannot change",
+                "build the layers with the local spec: get_gpt_layer_local_spec",
+                code="GP950",
+            )
         if not target.path:
             raise Refusal("the root is the whole model", "target its attention modules: `@attn`")
 

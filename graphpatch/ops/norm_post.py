@@ -25,7 +25,12 @@ class NormPost(Op):
     `eps` is that of the config around unless given, `dim` the width of the model.
     """
 
-    accepts: ClassVar = {"*": "graphpatch.rewrites.norm_post:NormPosted"}
+    accepts: ClassVar = {
+        "megatron.core.transformer.attention.Attention": "graphpatch.megatron.norm_post:MegatronNormPosted",
+        "megatron.core.transformer.mlp.MLP": "graphpatch.megatron.norm_post:MegatronNormPosted",
+        "megatron.core.transformer.moe.moe_layer.BaseMoELayer": "graphpatch.megatron.norm_post:MegatronNormPosted",
+        "*": "graphpatch.rewrites.norm_post:NormPosted",
+    }
     level: ClassVar[int] = 60
 
     kind: Kind = "rms"

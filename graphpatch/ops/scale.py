@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from .arguments import Flag, Real
 from .calls import refuse_uncalled
+from .megatron import refuse_other_scaling
 from .op import Op, Target
 from .registry import register
 
@@ -30,6 +31,7 @@ class ScaleOutput(Op):
 
     def check(self, target: Target) -> None:
         refuse_uncalled(target, "scale.output")
+        refuse_other_scaling(target)
 
     def after(self, target: Target) -> str:
         return f"scaled {target.signature.cls}"

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from .calls import refuse_uncalled
+from .megatron import refuse_other_scaling
 from .op import Op, Refusal, Target
 from .registry import register
 
@@ -31,6 +32,7 @@ class SoftcapOutput(Op):
 
     def check(self, target: Target) -> None:
         refuse_uncalled(target, self.op)
+        refuse_other_scaling(target)
         config, words = target.config or {}, target.signature.attributes.get("out_features")
         known = config.get("final_logit_softcapping")
         if known is not None and words is not None and words == config.get("vocab_size"):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...lang.diagnostics import Diagnostic, Error
 from ...patch.original import original_rules
@@ -21,6 +21,7 @@ from ..base_files import SINGLE, BaseFiles
 from ..disk import locked, sync, workshop
 from ..tensors import copied_out, journal_of, on_meta
 from .layouts import changed
+from .slots import Slot, held_by, slots_of
 
 
 class Source(NamedTuple):
@@ -52,12 +53,12 @@ def load_base(patch: Patch, source: str | PathLike[str] | Mapping[str, Any]) -> 
     """
     journal_of(patch)
     given = Source.of(source)
-    targets = _targets(patch.model)
+    targets = slots_of(patch.model)
     world = _world(patch)
     pieces, idle = translated(world, given.shapes)
     _check_names(pieces, targets, given.name, idle)
     _check_shapes(pieces, targets, given)
-    meta = next((key for key, tensor in targets.items() if tensor.is_meta), None)
+    meta = next((key for key, slot in targets.items() if slot.tensor is not None and slot.tensor.is_meta), None)
     if meta is not None:
         raise on_meta(meta)
     _check_tied(pieces, targets, given)
@@ -65,9 +66,13 @@ def load_base(patch: Patch, source: str | PathLike[str] | Mapping[str, Any]) -> 
     try:
         with torch.inference_mode(False), torch.no_grad():
             for piece in pieces:
+                if all(targets[key].tensor is None for key in piece.targets):
+                    continue
                 for key, value in zip(piece.targets, changed(piece, [given.read(key) for key in piece.sources])):
-                    targets[key].copy_(value)
-                    done += 1
+                    slot = targets[key]
+                    if slot.tensor is not None:
+                        slot.tensor.copy_(slot.cut(value))
+                        done += 1
     except (OSError, RuntimeError) as error:
         why = " ".join(str(error).split())[:200]
         title = f"reading {given.name} failed after {done} weights: the model holds some of them"
@@ -82,7 +87,7 @@ def save_weights(patch: Patch, directory: str | PathLike[str]) -> None:
     without values.
     """
     journal_of(patch)
-    held = _targets(patch.model)
+    held = held_by(patch.model)
     first: dict[int, str] = {}
     once = {key: tensor for key, tensor in held.items() if first.setdefault(id(tensor), key) == key}
     made: dict[str, Tensor] = {}
@@ -108,15 +113,10 @@ def _world(patch: Patch) -> World:
     return World(rules.program, tree)
 
 
-def _targets(model: nn.Module) -> dict[str, Tensor]:
-    """What the model's checkpoints hold, live, by name; tied tensors under each of theirs."""
-    return {k: v for k, v in model.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
-
-
-def _check_names(pieces: list[Piece], targets: Mapping[str, Tensor], name: str, idle: list[str]) -> None:
+def _check_names(pieces: list[Piece], targets: Mapping[str, Slot], name: str, idle: list[str]) -> None:
     made = {key for piece in pieces for key in piece.targets}
-    there = {id(targets[key]) for key in made if key in targets}
-    missing = [key for key, tensor in targets.items() if key not in made and id(tensor) not in there]
+    there = {targets[key].key for key in made if key in targets}
+    missing = [key for key, slot in targets.items() if key not in made and slot.key not in there]
     unexpected = sorted(made - targets.keys())
     if missing or unexpected:
         sources = {key: piece.sources for piece in pieces for key in piece.targets}
@@ -137,12 +137,12 @@ def _from(key: str, sources: tuple[str, ...]) -> str:
     return "" if sources == (key,) else f" (from {sources[0]})"
 
 
-def _check_tied(pieces: list[Piece], targets: Mapping[str, Tensor], given: Source) -> None:
+def _check_tied(pieces: list[Piece], targets: Mapping[str, Slot], given: Source) -> None:
     """A weight that is one here may have two names in a checkpoint, but not two values."""
-    makers: dict[int, dict[str, Piece]] = {}
+    makers: dict[object, dict[str, Piece]] = {}
     for piece in pieces:
         for key in piece.targets:
-            makers.setdefault(id(targets[key]), {})[key] = piece
+            makers.setdefault(targets[key].key, {})[key] = piece
 
     def value(key: str, piece: Piece) -> Tensor:
         return changed(piece, [given.read(source) for source in piece.sources])[piece.targets.index(key)]
@@ -157,12 +157,12 @@ def _check_tied(pieces: list[Piece], targets: Mapping[str, Tensor], given: Sourc
                 )
 
 
-def _check_shapes(pieces: list[Piece], targets: Mapping[str, Tensor], given: Source) -> None:
+def _check_shapes(pieces: list[Piece], targets: Mapping[str, Slot], given: Source) -> None:
     wrong = []
     for piece in pieces:
         empty = [torch.empty(given.shapes[key], device="meta") for key in piece.sources]
         for key, value in zip(piece.targets, changed(piece, empty)):
-            if value.shape != targets[key].shape:
+            if tuple(value.shape) != targets[key].shape:
                 wrong.append(f"{key}: {list(value.shape)}, and the model has {list(targets[key].shape)}")
     if wrong:
         more = (f"and {len(wrong) - 8} more",) if len(wrong) > 8 else ()

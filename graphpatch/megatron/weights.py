@@ -1,0 +1,49 @@
+"""The places of the weights of a whole model, of which this rank has some, and of some of those a part."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint.mapped.slots import Slot, held_by
+from ..tree.tree import Tree
+from .ranks import told
+from .sharding import group_of
+from .whole import expert_rank, numbered
+
+_EMBEDDING = "embedding.word_embeddings.weight"
+
+
+def slots(model: nn.Module) -> dict[str, Slot]:
+    """By the names in the whole model. Asks all ranks what they have."""
+    tree = Tree.of(model, as_patched=True)
+    here = dict(zip(tree.paths, numbered(tree, expert_rank()).paths))
+    owners = dict(model.named_modules())
+    found: dict[str, Slot] = {}
+    for key, tensor in held_by(model).items():
+        path, _, name = key.rpartition(".")
+        whole_key = f"{here.get(path, path)}.{name}" if path else name
+        if name == "weight" and path.endswith("output_layer") and getattr(tensor, "shared_embedding", False):
+            whole_key = _EMBEDDING  # the last stage's copy of what the first has
+        found[whole_key] = _slot(owners[path], tensor)
+    for others in told({key: slot.shape for key, slot in found.items()}):
+        for key, shape in others.items():
+            found.setdefault(key, Slot(None, shape, lambda value: value))
+    return found
+
+
+def _slot(module: nn.Module, tensor: Tensor) -> Slot:
+    dim = getattr(tensor, "partition_dim", -1)
+    if not getattr(tensor, "tensor_model_parallel", False) or dim < 0 or group_of(module).size() == 1:
+        return Slot(tensor, tuple(tensor.shape), lambda value: value)
+    shape = list(tensor.shape)
+    shape[dim] *= group_of(module).size()
+    return Slot(tensor, tuple(shape), partial(_cut, module, dim, getattr(tensor, "partition_stride", 1)))
+
+
+def _cut(module: nn.Module, dim: int, stride: int, whole: Tensor) -> Tensor:
+    """Of each of `stride` parts one behind the other, gate and up say, this rank's."""
+    group = group_of(module)
+    return torch.cat([part.chunk(group.size(), dim)[group.rank()] for part in whole.chunk(stride, dim)], dim)

@@ -53,6 +53,8 @@ _MEANINGS = {
     "GP550": "the target is no attention that can be changed",
     "GP551": "the attention backend cannot do what is asked for",
     "GP662": "weights of a checkpoint have another shape than the model's, its maps carried out",
+    "GP950": "attention of Transformer Engine, which no rule can change",
+    "GP951": "megatron-core's config scales or shards in a way that would combine wrongly with a rule",
     "GP664": "a weight that is tied in the model has two values in a checkpoint",
     "GP663": "reading a checkpoint failed half-way",
     "GP660": "what `using` names does not exist, or does not fit what it is given",

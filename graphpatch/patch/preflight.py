@@ -55,6 +55,7 @@ class Preflight:
     def changes(self, steps: Sequence[Step]) -> list[Change]:
         """Raises `ApplyError` where a step cannot be carried out."""
         self._refuse_taken(steps)
+        self._refuse_uncalled(steps)
         changes: list[Change] = []
         for step in steps:
             rewrite = load_rewrite(step.rewrite, step.rule)
@@ -295,6 +296,22 @@ class Preflight:
                 for mark in record_of(modules[step.nodes[at]]).marks:
                     if mark.exclusive or step.op.exclusive or mark.slots & slots:
                         raise self._collides(step, at, mark.op, mark.rule)
+
+    def _refuse_uncalled(self, steps: Sequence[Step]) -> None:
+        """Raise where an earlier patch keeps a target from being called (GP522)."""
+        idle: dict[int, str] = {}
+        for node in self.tree.marks if not self.bare else ():
+            for held in record_of(self.modules[node]).held:
+                for part in held.mixin.uncalled(held.entry, self.modules[node]):
+                    idle |= dict.fromkeys(map(id, part.modules()), held.entry.text)
+        for step in steps if idle else ():
+            for at, node in enumerate(step.nodes):
+                other = idle.get(id(self.modules[node]))
+                if other is not None:
+                    path = self._path(step, at)
+                    why = f"{other} stands in its place, so `{step.op.op}` there would do nothing"
+                    fix = f"leave it out: except ^{path}"
+                    raise _error("GP522", f"`{path}` is not called any more", step, why, fix)
 
     def _collides(self, step: Step, at: int, other: str, rule: str) -> ApplyError:
         return _error(

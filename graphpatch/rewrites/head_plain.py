@@ -47,6 +47,10 @@ class PlainScored(Scores):
     def companions(cls, entry: Scoring, module: nn.Module) -> Iterable[tuple[nn.Module, type[InPlace], Any]]:
         return [(_let_by(entry, module), LetThrough, Through(f"not called: {entry.op}"))]
 
+    @classmethod
+    def uncalled(cls, entry: Scoring, module: nn.Module) -> Iterable[nn.Module]:
+        return (_let_by(entry, module),)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
         if not self._head:

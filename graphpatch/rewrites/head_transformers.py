@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, ClassVar, cast
 
@@ -81,6 +81,11 @@ class Scored(Scores, OnTransformers):
     def check(cls, entry: Scoring, module: nn.Module) -> None:
         check_output_layer(module, entry.at)
         check_pooler(entry.score.pool, module)
+
+    @classmethod
+    def uncalled(cls, entry: Scoring, module: nn.Module) -> Iterable[nn.Module]:
+        layer = module.get_output_embeddings()  # type: ignore[operator]
+        return () if layer is None else (layer,)
 
     @classmethod
     def config_values(cls, entry: Scoring, module: nn.Module) -> Mapping[str, Any]:

@@ -75,6 +75,11 @@ class InPlace(_Module):
         return {}
 
     @classmethod
+    def uncalled(cls, entry: Any, module: nn.Module) -> Iterable[nn.Module]:
+        """The modules that nobody calls while the change is there, so that another op on them would do nothing."""
+        return ()
+
+    @classmethod
     def weighted(cls, entry: Any, weight: float) -> Any:
         """Of an adapter (an entry with a field `adapter`): the entry that adds `weight` times as much."""
         raise NotImplementedError

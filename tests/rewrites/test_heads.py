@@ -425,3 +425,18 @@ def test_a_value_beside_what_is_not_computed_is_refused() -> None:
     refused("GP504", model, "patch ^lm_head with head.reward()\npatch ^ with head.value()")
     patch(model, "patch ^ with head.value()")
     refused("GP417", model, "patch ^lm_head with head.reward()")
+
+
+def test_an_output_layer_that_a_patch_keeps_from_being_called_takes_no_op() -> None:
+    _, model = pair("Llama", "ForSequenceClassification")
+    first = patch(model, "patch ^ with head.reward()")
+    says = refused("GP522", model, "patch :Linear with lora(rank=2)")
+    assert "`lm_head` is not called" in says and "head.reward" in says and "except ^lm_head" in says
+    above = patch(model, "patch :Linear with lora(rank=2) except ^lm_head | ^score")
+    above.revert()
+    first.revert()
+    patch(model, "patch ^lm_head with lora(rank=2)")
+
+    plain = Plain()
+    patch(plain, "patch ^head with head.classify(3)")
+    assert "`head` is not called" in refused("GP522", plain, "patch ^head with quantize.int8()")

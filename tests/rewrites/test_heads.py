@@ -432,7 +432,7 @@ def test_an_output_layer_that_a_patch_keeps_from_being_called_takes_no_op() -> N
     first = patch(model, "patch ^ with head.reward()")
     says = refused("GP522", model, "patch :Linear with lora(rank=2)")
     assert "`lm_head` is not called" in says and "head.reward" in says and "except ^lm_head" in says
-    above = patch(model, "patch :Linear with lora(rank=2) except ^lm_head | ^score")
+    above = patch(model, "patch :Linear with lora(rank=2) except ^lm_head")
     above.revert()
     first.revert()
     patch(model, "patch ^lm_head with lora(rank=2)")

@@ -53,6 +53,7 @@ _MEANINGS = {
     "GP550": "the target is no attention that can be changed",
     "GP551": "the attention backend cannot do what is asked for",
     "GP662": "weights of a checkpoint have another shape than the model's, its maps carried out",
+    "GP952": "no rules on a megatron-core model say what its weights are called in a Hugging Face checkpoint",
     "GP950": "attention of Transformer Engine, which no rule can change",
     "GP951": "megatron-core's config scales or shards in a way that would combine wrongly with a rule",
     "GP664": "a weight that is tied in the model has two values in a checkpoint",

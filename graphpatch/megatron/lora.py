@@ -22,12 +22,12 @@ from ..rewrites.merging import Merging, Unmergeable
 from .factors import sharded_factors
 from .sharding import (
     Marks,
+    cut,
     drawn_alike,
     dropping_apart,
     group_of,
     replicated_marks,
     row_stride,
-    shard_of,
     sharded_marks,
     size_of,
 )
@@ -64,7 +64,7 @@ class LoraParallel(LoraOfWeight):
         with drawn_alike(module):
             for part in whole.split(entry.rank):
                 STARTS[entry.init](part, b, entry.scale, lambda: module.weight, None)  # type: ignore[arg-type, return-value]
-        a.copy_(whole if cls.input_dim is None else shard_of(module, whole, cls.input_dim))
+        a.copy_(whole if cls.input_dim is None else cut(module, whole, cls.input_dim))
 
     @staticmethod
     def matrix(module: nn.Module) -> Tensor:

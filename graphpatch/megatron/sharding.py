@@ -53,12 +53,6 @@ def _of_expert(module: nn.Module) -> Marks:
     return {"allreduce": not (expert and getattr(module, "expert_parallel", False))}
 
 
-def shard_of(module: nn.Module, whole: Tensor, dim: int) -> Tensor:
-    """This rank's part."""
-    group = group_of(module)
-    return whole.chunk(group.size(), dim)[group.rank()]
-
-
 @contextmanager
 def drawn_alike(module: nn.Module) -> Iterator[None]:
     """Within, the CPU's generator draws the same on all ranks that share the module, whatever their number.
@@ -95,3 +89,20 @@ def dropping_apart(module: nn.Module, apart: bool) -> AbstractContextManager[Non
         tracker.fork(get_expert_parallel_rng_tracker_name()) if getattr(module, "is_expert", False) else tracker.fork()
     )
     return fork  # type: ignore[no-any-return]
+
+
+def cut(module: nn.Module, whole: Tensor, dim: int, stride: int = 1) -> Tensor:
+    """This rank's part along `dim`: of each of `stride` pieces one behind the other, gate and up say, its own."""
+    group = group_of(module)
+    return torch.cat([piece.chunk(group.size(), dim)[group.rank()] for piece in whole.chunk(stride, dim)], dim)
+
+
+def whole_of(module: nn.Module, part: Tensor, dim: int, stride: int = 1) -> Tensor:
+    """The way back of `cut`. Called on all ranks that share the module."""
+    group = group_of(module)
+    if group.size() == 1:
+        return part.detach()
+    parts = [torch.empty_like(part) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, part.detach().contiguous(), group=group)
+    pieces = [one.chunk(stride, dim) for one in parts]
+    return torch.cat([pieces[at][number] for number in range(stride) for at in range(group.size())], dim)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-import torch
 from torch import Tensor, nn
 
 from ..checkpoint.mapped.slots import Slot, held_by
 from ..tree.tree import Tree
 from .ranks import told
-from .sharding import group_of
+from .sharding import cut, group_of
 from .whole import expert_rank, numbered
 
 _EMBEDDING = "embedding.word_embeddings.weight"
@@ -40,10 +37,5 @@ def _slot(module: nn.Module, tensor: Tensor) -> Slot:
         return Slot(tensor, tuple(tensor.shape), lambda value: value)
     shape = list(tensor.shape)
     shape[dim] *= group_of(module).size()
-    return Slot(tensor, tuple(shape), partial(_cut, module, dim, getattr(tensor, "partition_stride", 1)))
-
-
-def _cut(module: nn.Module, dim: int, stride: int, whole: Tensor) -> Tensor:
-    """Of each of `stride` parts one behind the other, gate and up say, this rank's."""
-    group = group_of(module)
-    return torch.cat([part.chunk(group.size(), dim)[group.rank()] for part in whole.chunk(stride, dim)], dim)
+    stride = getattr(tensor, "partition_stride", 1)
+    return Slot(tensor, tuple(shape), lambda whole: cut(module, whole, dim, stride))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from os import PathLike
@@ -84,8 +84,13 @@ def _over_ranks(model: Any) -> Callable[..., Any] | None:
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not isinstance(model, (list, tuple)) and not (several and torch.distributed.get_world_size() > 1):
         return None
-    names = (f"{c.__module__}.{c.__qualname__}" for c in type(unwrapped(part)).__mro__)
-    path = next((OVER_RANKS[name] for name in names if name in OVER_RANKS), None)
+    return imported_for(part, OVER_RANKS)
+
+
+def imported_for(model: nn.Module, table: Mapping[str, str]) -> Callable[..., Any] | None:
+    """What a table, from class names to import paths, has for a model's class."""
+    names = (f"{c.__module__}.{c.__qualname__}" for c in type(unwrapped(model)).__mro__)
+    path = next((table[name] for name in names if name in table), None)
     if path is None:
         return None
     module, _, name = path.partition(":")

@@ -74,6 +74,9 @@ def gpt(tied: bool = False, vp_stage: int | None = None, gather: bool = False, *
     )
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
+    if made.qk_layernorm:
+        attention = layer.submodules.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     count = _layers_here(made, vp_stage)
     model = GPTModel(
         config=made,

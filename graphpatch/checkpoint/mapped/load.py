@@ -54,7 +54,7 @@ def load_base(patch: Patch, source: str | PathLike[str] | Mapping[str, Any]) -> 
     journal_of(patch)
     given = Source.of(source)
     targets = slots_of(patch.model)
-    world = _world(patch)
+    world = world_of(patch)
     pieces, idle = translated(world, given.shapes)
     _check_names(pieces, targets, given.name, idle)
     _check_shapes(pieces, targets, given)
@@ -91,7 +91,7 @@ def save_weights(patch: Patch, directory: str | PathLike[str]) -> None:
     first: dict[int, str] = {}
     once = {key: tensor for key, tensor in held.items() if first.setdefault(id(tensor), key) == key}
     made: dict[str, Tensor] = {}
-    for piece in restored(_world(patch), {key: tuple(tensor.shape) for key, tensor in once.items()}):
+    for piece in restored(world_of(patch), {key: tuple(tensor.shape) for key, tensor in once.items()}):
         made |= dict(zip(piece.targets, changed(piece, [once[key].detach() for key in piece.sources], back=True)))
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,10 +105,10 @@ def save_weights(patch: Patch, directory: str | PathLike[str]) -> None:
 
 def maps_of(patch: Patch) -> bool:
     """Whether the patch's rules have maps in force."""
-    return bool(maps_in_force(_world(patch)))
+    return bool(maps_in_force(world_of(patch)))
 
 
-def _world(patch: Patch) -> World:
+def world_of(patch: Patch) -> World:
     rules, tree = original_rules(patch)
     return World(rules.program, tree)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from importlib import import_module
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ...patch.apply import OVER_RANKS
+from ...patch.apply import OVER_RANKS, imported_for
+from ...patch.patch import adapter_changes, patches
 
 SHARDED = dict.fromkeys(OVER_RANKS, "graphpatch.megatron.weights:slots")
 """Classes of models of which a process may have a part, and the import path of what knows the places of the whole."""
@@ -32,17 +32,26 @@ class Slot(NamedTuple):
 
 def slots_of(model: nn.Module) -> dict[str, Slot]:
     """What the model's checkpoints hold, by name; tied tensors under each of theirs. Called on all ranks."""
-    names = (f"{c.__module__}.{c.__qualname__}" for c in type(model).__mro__)
-    path = next((SHARDED[name] for name in names if name in SHARDED), None)
-    if path is not None:
-        module, _, name = path.partition(":")
-        return getattr(import_module(module), name)(model)  # type: ignore[no-any-return]
+    theirs = imported_for(model, SHARDED)
+    if theirs is not None:
+        return theirs(model)  # type: ignore[no-any-return]
     return {key: whole(tensor) for key, tensor in held_by(model).items()}
 
 
 def held_by(model: nn.Module) -> Mapping[str, Tensor]:
+    """The tensors that a checkpoint of the model holds: what adapters on it brought has files of its own."""
     state: Mapping[str, Any] = model.state_dict(keep_vars=True)
-    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    of_adapters = set(map(id, _of_adapters(model)))
+    return {key: value for key, value in state.items() if isinstance(value, Tensor) and id(value) not in of_adapters}
+
+
+def _of_adapters(model: nn.Module) -> Iterator[Tensor]:
+    for patch in patches(model):
+        for change in adapter_changes(patch._journal):
+            for module in change.modules:
+                for path, _, name in (added.rpartition(".") for added in change.added):
+                    owner = module.get_submodule(path)
+                    yield owner._parameters.get(name) if name in owner._parameters else owner._buffers[name]  # type: ignore[misc]
 
 
 def whole(tensor: Tensor) -> Slot:

@@ -14,6 +14,7 @@ import torch
 
 from ...lang.diagnostics import Diagnostic, Error
 from ...ops.lora import Lora
+from ...patch.apply import OVER_RANKS, imported_for
 from ...patch.original import original_plan
 from ...patch.patch import Patch
 from ...plan.plan import Plan
@@ -28,6 +29,8 @@ from .moe import is_renamed
 from .naming import commonest, ends, patterns
 from .plain import Plain, inexpressible, plain
 from .saved import Saved, saved_with
+
+_OVER_RANKS = dict.fromkeys(OVER_RANKS, "graphpatch.megatron.peft:to_peft")
 
 
 def to_peft(patch: Patch, directory: str | PathLike[str], *, profile: Literal["peft", "portable"] = "peft") -> None:
@@ -44,6 +47,9 @@ def to_peft(patch: Patch, directory: str | PathLike[str], *, profile: Literal["p
     Raises `Error`: GP625 naming what PEFT cannot express, GP626 where no list of names reaches just these modules,
     GP604 where the files cannot be written, GP605 on the meta device.
     """
+    elsewhere = imported_for(patch.model, _OVER_RANKS)
+    if elsewhere is not None:
+        return elsewhere(patch, directory)  # type: ignore[no-any-return]
     if profile == "portable":
         from ..readers.export import write_portable
 

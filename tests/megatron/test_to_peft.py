@@ -1,0 +1,127 @@
+"""An adapter on a GPTModel over ranks, loaded by PEFT on the Hugging Face model: the same logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch.nn import functional as F
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import graphpatch
+
+from ..rules.test_gemma import family
+from ..rules.test_gemma import rules as rules_of
+from .models import fill
+from .pool import ranks
+from .training import chunks_of
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 96, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+    "max_position_embeddings": 128, "pad_token_id": None,
+}  # fmt: skip
+OURS = {
+    "hidden_size": 48,
+    "ffn_hidden_size": 80,
+    "kv_channels": 16,
+    "layernorm_epsilon": 1e-6,
+    "activation_func": F.silu,
+}
+IDS = torch.arange(24).reshape(2, 12) * 7 % 96
+EVERY = "linear_qkv | linear_proj | linear_fc1 | linear_fc2"
+ADAPTERS = {
+    "lora": f"patch {EVERY} with lora(rank=4, alpha=8)",
+    "dora": f"patch {EVERY} with lora(rank=4, alpha=8, dora=true)",
+    "parts": 'patch linear_qkv with lora(rank=4, alpha=8, parts=["q", "v"])\n'
+    'patch ^decoder.layers[1:3].mlp.linear_fc1 with lora(rank=2, parts=["up"])',
+}
+
+
+def made(name: str) -> PreTrainedModel:
+    if name.startswith("gemma"):
+        return family(name)
+    torch.manual_seed(0)
+    kinds: dict[str, tuple[Any, Any]] = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "mistral": (MistralConfig, MistralForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    }
+    config, cls = kinds[name]
+    sizes = {k: v for k, v in SIZES.items() if name != "qwen2" or k != "head_dim"}
+    if name == "qwen2":
+        sizes["hidden_size"] = 64
+    model = cls(config(**sizes)).eval()
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            parameter.normal_(std=0.3, mean=1.0 if "norm" in path else 0.0)
+    return model
+
+
+def options(name: str) -> dict[str, Any]:
+    if name == "qwen2":
+        return {**OURS, "hidden_size": 64, "add_qkv_bias": True}
+    if name == "qwen3":
+        return {**OURS, "qk_layernorm": True}
+    return {**OURS, "tied": name.startswith("gemma")}
+
+
+def exported(name: str, base: str, adapter: str, folder: str) -> Any:
+    (chunk,) = chunks_of(gather=True, **options(name))
+    if name.startswith("gemma"):
+        graphpatch.load_weights(graphpatch.apply(chunk, rules_of(name)), base)
+        patch = graphpatch.apply(chunk, graphpatch.parse(ADAPTERS[adapter]))
+    else:
+        patch = graphpatch.apply(chunk, graphpatch.parse(f"use hf_llama\n{ADAPTERS[adapter]}"))
+        graphpatch.load_weights(patch, base)
+    fill(chunk, lambda n: "lora" in n)
+    graphpatch.to_peft(patch, folder)
+    if not (chunk.pre_process and chunk.post_process):
+        return None
+    with torch.no_grad():
+        return chunk.eval()(IDS, torch.arange(12).expand(2, 12), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter", "layout"),
+    [
+        ("llama", "lora", {"tp": 2, "pp": 2}),
+        ("llama", "dora", {"tp": 2}),
+        ("llama", "parts", {"tp": 2, "pp": 2}),
+        ("mistral", "lora", {}),
+        ("qwen2", "lora", {"tp": 2}),
+        ("qwen3", "lora", {"pp": 2}),
+        ("gemma", "lora", {"tp": 2}),
+        ("gemma2", "lora", {"tp": 2, "pp": 2}),
+    ],
+    ids=str,
+)
+def test_peft_computes_the_same(tmp_path, name, adapter, layout):
+    model = made(name)
+    model.save_pretrained(tmp_path / "base")
+    found = ranks(exported, name, str(tmp_path / "base"), adapter, str(tmp_path / "adapter"), **layout)
+    alone = ranks(exported, name, str(tmp_path / "base"), adapter, str(tmp_path / "again"))[0]
+    if adapter != "parts":  # whose factors the harness fills by the order of rows that ranks have
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            assert (tmp_path / "adapter" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+    with torch.no_grad():
+        bare = model(IDS).logits
+        theirs = PeftModel.from_pretrained(model, tmp_path / "again").eval()(IDS).logits
+    assert (theirs - bare).abs().max() > 0.05
+    torch.testing.assert_close(alone, theirs, rtol=1e-5, atol=1e-5)
+    for one in found:
+        if one is not None:
+            torch.testing.assert_close(one, theirs, rtol=1e-5, atol=2e-5)

@@ -16,7 +16,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
-from ..patch.apply import apply_plan
+from ..patch.apply import apply_plan, over_ranks
 from ..patch.patch import Patch, patches
 from ..plan.plan import Plan, patterns
 from ..plan.ruleset import RuleSet, load
@@ -27,7 +27,7 @@ from .atomic_folder import write_whole_folders
 from .base import Base, load_base
 from .contents import Window, keep_what_changes
 from .handover import Handover
-from .inner import plan_inside
+from .inner import inner_model, plan_inside
 from .problem import refusal
 from .random_state import Randomness
 from .sharded import check_before_loading
@@ -106,6 +106,13 @@ class ModelTransform(pl.Callback):
         return None if rules is None else plan_inside(rules, model, self.adapter, patterns(self.allow_import))
 
     def apply(self, model: nn.Module) -> Patch | None:
+        inner = inner_model(model)
+        parts = model if inner is None else inner
+        whole = over_ranks(parts)
+        rules = self.rule_set() if whole is not None else None
+        if whole is not None and rules is not None:
+            found = whole(parts, rules, adapter=self.adapter, allow_import=self.allow_import, tell=self._heard)
+            return found[0] if isinstance(found, list) else found  # type: ignore[no-any-return]
         plan = self.plan(model)
         if plan is None:
             return by_function(self.rules, model)  # type: ignore[arg-type]
@@ -114,6 +121,9 @@ class ModelTransform(pl.Callback):
             _log.warning(warning.render())
         assert plan.tree.modules is not None
         return apply_plan(plan, plan.tree.modules[0])
+
+    def _heard(self, plan: Plan) -> None:
+        self._plan_text = str(plan)
 
     def rule_set(self) -> RuleSet | None:
         """Its rules; None where they are a function. Raises `RuleError` for a file that cannot be read."""

@@ -193,6 +193,8 @@ def check_loadable(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         )
     # Of a sharded checkpoint the names alone are in the part that is read here.
     held = checkpoint.get("state_dict") or ours.get("names", ())
+    if held is None:
+        return  # of a strategy that holds tensors against the model itself
     kept: Kept = module.__dict__[_KEPT]
     missing = sorted(names_to_save(module) - set(held) - set(kept.buffers))
     if missing:

@@ -43,6 +43,10 @@ def enable() -> None:
     _enabled = True
 
 
+def is_enabled() -> bool:
+    return _enabled
+
+
 def _devices() -> None:
     cpu = torch.device("cpu")
     _put(torch.cuda, "current_device", lambda: cpu)

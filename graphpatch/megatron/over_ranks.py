@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
 from typing import Any, overload
@@ -52,14 +52,17 @@ def apply(
     adapter: str | None = None,
     allow_import: str | Sequence[str] = (),
     initialise: bool = True,
+    tell: Callable[[Plan], None] | None = None,
     **params: Any,
 ) -> Patch | list[Patch]:
     """`plan`, and this rank's part of it carried out: on all ranks, or on none. Gives a patch for a model, and a list
-    for a list of chunks."""
+    for a list of chunks. `tell` is given the plan of the whole."""
     chunks = _chunks(model)
     whole, trees = _planned(chunks, rules, adapter, allow_import, params)
     for diagnostic in whole.warnings:
         warnings.warn(diagnostic.render(), stacklevel=2)
+    if tell is not None:
+        tell(whole)
     patches = _carried_out(whole, chunks, trees, initialise)
     return patches if isinstance(model, (list, tuple, nn.ModuleList)) else patches[0]
 

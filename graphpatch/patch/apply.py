@@ -54,7 +54,7 @@ def apply(
 
     Raises `RuleError`, `PlanError` or `ApplyError`; then nothing has changed.
     """
-    whole = _over_ranks(model)
+    whole = over_ranks(model)
     if whole is not None:
         if batches is not None:
             fix = "another init: a rank sees a part of the model alone"
@@ -79,10 +79,12 @@ OVER_RANKS = {"megatron.core.transformer.module.MegatronModule": "graphpatch.meg
 """Classes of models of which a process may have a part, and the import path of what applies rules to the whole."""
 
 
-def _over_ranks(model: Any) -> Callable[..., Any] | None:
-    part = model[0] if isinstance(model, (list, tuple)) and model else model
+def over_ranks(model: Any) -> Callable[..., Any] | None:
+    """What applies rules to a model of which this process has a part (or a list of parts); None for a whole one."""
+    parts = isinstance(model, (list, tuple, nn.ModuleList)) and len(model) > 0
+    part = model[0] if parts else model
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not isinstance(model, (list, tuple)) and not (several and torch.distributed.get_world_size() > 1):
+    if not parts and not (several and torch.distributed.get_world_size() > 1):
         return None
     return imported_for(part, OVER_RANKS)
 

@@ -24,7 +24,8 @@ def enable() -> None:
     """Let megatron-core run in this process on the CPU. For the life of the process, and a second call does nothing.
 
     `torch.cuda`'s streams, events, random state and current device become the CPU's, a `device="cuda"` given to a
-    function that makes tensors means the CPU, and `Tensor.cuda()` gives the tensor itself. Raises `ApplyError` (GP901)
+    function that makes tensors means the CPU, and `Tensor.cuda()` gives the tensor itself. Other libraries look at
+    these too: load a Hugging Face model by `from_pretrained` before. Raises `ApplyError` (GP901)
     where a GPU is there, since all that would be wrong then.
     """
     global _enabled

@@ -159,7 +159,7 @@ class MegatronStrategy(DDPStrategy):
 
             def loss(output: Tensor) -> Any:
                 found = loss_of(output)
-                losses.append(found.detach())
+                losses.append(found.detach().clone())  # the schedule divides it in place
                 return found, {}
 
             return output, loss

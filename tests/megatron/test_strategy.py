@@ -17,7 +17,7 @@ from graphpatch.lightning import LoRA, MegatronStrategy, ModelTransform
 
 from .models import BATCH, LENGTH, VOCABULARY, fill, gathered, global_name
 from .pool import one, ranks
-from .training import chunks_of
+from .training import built, chunks_of
 
 
 class Model(pl.LightningModule):
@@ -139,6 +139,22 @@ def test_the_losses_are_those_of_one_process(tmp_path, alone, layout, sequence_p
         assert factors and all("lora" in name for name in factors)
         for name, value in factors.items():
             torch.testing.assert_close(value, alone[1][name], rtol=0, atol=1e-5)
+
+
+def validated(folder: str) -> tuple[float, float]:
+    """The loss over all batches, by the trainer and by hand."""
+    adapter = Filled(["linear_qkv", "linear_proj"], dim=4)
+    t = trainer(folder, {}, adapter)
+    t.validate(Model(adapter), data(), verbose=False)
+    (chunk,) = built(adapter.text)
+    positions = torch.arange(LENGTH).expand(2 * BATCH, LENGTH)
+    losses = [chunk(ids, positions, None, labels=labels).float().mean().detach() for ids, labels in data()]
+    return float(t.callback_metrics["val"]), float(sum(losses) / len(losses))
+
+
+def test_the_loss_is_the_mean_over_a_batch(tmp_path):
+    by_trainer, by_hand = one(validated, str(tmp_path))
+    torch.testing.assert_close(by_trainer, by_hand, rtol=0, atol=1e-5)
 
 
 def parallel(folder: str, layout: dict[str, Any], epochs: int) -> Any:

@@ -5,10 +5,11 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SECONDS_OF_FUZZING ?= 60
 
-.PHONY: help test lint format fuzz demo demo-lm bench docs clean
+.PHONY: help test test-newest lint format fuzz demo demo-lm bench docs clean
 
 help:
 	@echo "make test     install into $(VENV), run the tests"
+	@echo "make test-newest  the tests of megatron-core with its newest release, where there is a Python 3.12"
 	@echo "make lint     formatting, ruff, mypy"
 	@echo "make demo     LoRA on a pretrained sentence encoder, end to end, in three minutes"
 	@echo "make demo-lm  the same on a pretrained language model"
@@ -37,6 +38,16 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 # One thread of torch a test process: two processes on two cores would otherwise fight over them.
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# megatron-core 0.19 asks for Python 3.12, and for a torch of its own choice there: about 5 GB.
+PYENV  := $(or $(PYENV_ROOT),$(HOME)/.pyenv)
+NEWEST ?= $(shell ls -d $(PYENV)/versions/3.12*/bin/python3.12 2>/dev/null | tail -1 | grep . || command -v python3.12)
+test-newest:
+	@test -n "$(NEWEST)" || { echo "no python3.12 here: megatron-core 0.19 was not tested (make test-newest NEWEST=...)"; exit 1; }
+	$(NEWEST) -m venv .venv-newest
+	grep -v '^megatron-core\|^nvidia-\|^triton' constraints.txt > .venv-newest/constraints.txt
+	.venv-newest/bin/python -m pip install --quiet --constraint .venv-newest/constraints.txt 'megatron-core==0.19.2' --editable '.[test]'
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2 --dist loadfile tests/megatron
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -209,3 +209,19 @@ def test_a_tied_weight_has_one_value():
 def test_what_is_no_tensor_is_told():
     with pytest.raises(graphpatch.Error, match="`step` is no tensor"):
         loaded("map z -> a.weight", stack() | {"step": 3}, Stack())
+
+
+def test_adapters_on_the_model_are_no_part_of_its_checkpoint(tmp_path):
+    model, bare = Net(), Net()
+    adapter = patch(model, "patch :Linear with lora(rank=2)\nfreeze ** except @new", adapter="math")
+    before = {key: value.clone() for key, value in adapter.adapter_state_dict().items()}
+    graphpatch.load_weights(patch(model, FREEZE + MAPS), theirs())
+    loaded(MAPS, theirs(), bare)
+    for key, value in bare.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+    assert all(torch.equal(value, before[key]) for key, value in adapter.adapter_state_dict().items())
+    family = next(p for p in graphpatch.patches(model) if p.id != adapter.id)
+    graphpatch.save_weights(family, tmp_path)
+    back = load_file(tmp_path / "model.safetensors")
+    assert back.keys() == theirs().keys() - {"rotary.inv_freq"}
+    assert all(torch.equal(value, theirs()[key]) for key, value in back.items())

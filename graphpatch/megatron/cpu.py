@@ -84,6 +84,11 @@ def _streams() -> None:
     for name in ("Stream", "Event"):
         _put(torch.cuda, name, _Stream)
     _put(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    # What optimizers ask whether a graph is being captured; a build of torch for CUDA looks for a device then.
+    accelerator = getattr(torch, "accelerator", None)
+    if accelerator is not None:
+        _put(accelerator, "is_available", lambda: False)
+        _put(accelerator, "current_stream", lambda device=None: one)
 
 
 def _random_states() -> None:

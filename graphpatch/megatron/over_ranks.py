@@ -16,7 +16,8 @@ from ..plan.freeze import Grads
 from ..plan.plan import Plan, Step
 from ..plan.ruleset import RuleSet, load
 from ..tree.tree import Tree
-from .ranks import agree, all_or_none, refuse_different, told
+from .ranks import agree, all_or_none, alone, refuse_different, told
+from .recompute import let_gradients_in
 from .whole import expert_rank, merged, numbered
 
 Rules = str | PathLike[str] | RuleSet
@@ -85,6 +86,8 @@ def _planned(
     found, trees = all_or_none(read)
     said = [source.text for source in found.program.files if not source.packaged] or [_name(rules)]
     given = f"params {found.program.params}, adapter {adapter}" if found.program.params or adapter else ""
+    if alone() and len(trees) == 1:
+        return found.plan(trees[0], adapter=adapter, allow_import=allow_import), trees
     refuse_different("rules", told("\n".join([*said, given])), "give every rank the same rule file and params")
     # Each text once: ranks of tensor and data parallelism have the same.
     texts = dict.fromkeys(text for rank in told([tree.to_text() for tree in trees]) for text in rank)
@@ -135,6 +138,7 @@ def _agreed(part: Plan, chunk: nn.Module, tree: Tree, initialise: bool) -> Patch
             patch.revert()
         raise
     assert patch is not None
+    let_gradients_in(patch, chunk)
     return patch
 
 

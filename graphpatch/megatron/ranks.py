@@ -20,6 +20,11 @@ def _several() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
+def alone() -> bool:
+    """Whether there is one rank."""
+    return not _several() or torch.distributed.get_world_size() == 1
+
+
 def told(value: Any) -> list[Any]:
     """What every rank says, by rank."""
     if not _several():

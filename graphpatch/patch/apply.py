@@ -83,9 +83,6 @@ def over_ranks(model: Any) -> Callable[..., Any] | None:
     """What applies rules to a model of which this process has a part (or a list of parts); None for a whole one."""
     parts = isinstance(model, (list, tuple, nn.ModuleList)) and len(model) > 0
     part = model[0] if parts else model
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not parts and not (several and torch.distributed.get_world_size() > 1):
-        return None
     return imported_for(part, OVER_RANKS)
 
 

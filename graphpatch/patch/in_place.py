@@ -128,10 +128,11 @@ class InPlaceChange:
             else:
                 put_class(module, "__class__", state.cls)
             for other, mixin, entry in self.mixin.companions(self.entry, module) if accompanied else ():
-                self._accompany(self.nodes[at], other, mixin, entry)
+                self.accompany(self.nodes[at], other, mixin, entry)
         self.factories, self.devices, self.look, self.seen, self.owners = [], [], None, (), ()
 
-    def _accompany(self, node: int, module: nn.Module, mixin: type[InPlace], entry: Any) -> None:
+    def accompany(self, node: int, module: nn.Module, mixin: type[InPlace], entry: Any) -> None:
+        """Another module has a part in it, from now on."""
         named = f"{type(module).__name__} in the target"
         refuse_bypassed(module, named, self.mark.rule)
         refuse_class(module, lambda: named, self.mark.rule)

@@ -173,3 +173,12 @@ def reloaded(rules: str, source: str, folder: str, only_adapter: bool) -> Any:
     chunks[0].load_state_dict(dist_checkpointing.load(held, source), strict=False)
     dist_checkpointing.save({n: e for n, e in entries(chunks[0]).items() if wanted(n)}, folder)
     return outputs(chunks) if chunks[0].pre_process and chunks[0].post_process else None
+
+
+def recomputed(rules: str) -> dict[str, Any]:
+    return case(rules, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+
+
+@pytest.mark.parametrize("layout", [{}, {"tp": 2}, {"pp": 2}], ids=str)
+def test_layers_that_are_recomputed_whole_have_gradients_beside_a_frozen_base(layout):
+    assert_same(together(ranks(recomputed, RULES["lora"], **layout)), alone("lora"))

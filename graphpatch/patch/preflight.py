@@ -300,8 +300,12 @@ class Preflight:
     def _refuse_uncalled(self, steps: Sequence[Step]) -> None:
         """Raise where an earlier patch keeps a target from being called (GP522)."""
         idle: dict[int, str] = {}
+        stilling: dict[int, list[Any]] = {}  # by record, which modules that were patched alike share
         for node in self.tree.marks if not self.bare else ():
-            for held in record_of(self.modules[node]).held:
+            record = record_of(self.modules[node])
+            if id(record) not in stilling:
+                stilling[id(record)] = [held for held in record.held if overrides(held.mixin, "uncalled")]
+            for held in stilling[id(record)]:
                 for part in held.mixin.uncalled(held.entry, self.modules[node]):
                     idle |= dict.fromkeys(map(id, part.modules()), held.entry.text)
         for step in steps if idle else ():

@@ -16,7 +16,7 @@ Init = Literal["mean", "zeros", "normal"]
 Train = Literal["new", "all", "none"]
 
 
-class _MoreTokens(Op):
+class MoreTokens(Op):
     accepts: ClassVar = {"torch.nn.modules.sparse.Embedding": "graphpatch.rewrites.embedding_resize:MoreTokens"}
     level: ClassVar[int] = 12
 
@@ -66,7 +66,7 @@ class _MoreTokens(Op):
         return any(f".{tied}".endswith(f".{path}.weight") for tied in target.tied.get("weight", ()))
 
     def repeats(self, other: Op, target: Target) -> bool:
-        return isinstance(other, _MoreTokens) and self._tied_to(target, str(other.embedding))
+        return isinstance(other, MoreTokens) and self._tied_to(target, str(other.embedding))
 
     def adds(self, target: Target) -> dict[str, Tensor]:
         weight = target.signature.parameters["weight"]
@@ -79,7 +79,7 @@ class _MoreTokens(Op):
 
 
 @register("embedding.resize")
-class EmbeddingResize(_MoreTokens):
+class EmbeddingResize(MoreTokens):
     """The embedding has `len` rows: those that it has, and new ones for the tokens after them.
 
     The new rows are a parameter of their own, `new_tokens.weight` of the model, so that the rows of the base stay the
@@ -104,7 +104,7 @@ class EmbeddingResize(_MoreTokens):
 
 
 @register("embedding.extend")
-class EmbeddingExtend(_MoreTokens):
+class EmbeddingExtend(MoreTokens):
     """The embedding has `count` rows more: `embedding.resize`, by how much and not to how many."""
 
     count: Count

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops.embedding_resize import _MoreTokens
+from ..ops.embedding_resize import MoreTokens as MoreTokensOp
 from ..ops.op import Op, Refusal
 from .rewrite import InPlace
 
@@ -77,7 +77,7 @@ def _sized(name: str) -> property:
 class LookedUp(InPlace):
     """Of an embedding: the rows of the base, and after them the new ones."""
 
-    level: ClassVar[int] = _MoreTokens.level
+    level: ClassVar[int] = MoreTokensOp.level
     entries: ClassVar[str] = "_more_rows"
     entries_of_size: ClassVar[str] = entries
     _more_rows: tuple[Rows, ...] = ()
@@ -100,7 +100,7 @@ class LookedUp(InPlace):
 class Scored(InPlace):
     """Of an output layer: the logits of the base's tokens, and after them those of the new ones."""
 
-    level: ClassVar[int] = _MoreTokens.level
+    level: ClassVar[int] = MoreTokensOp.level
     entries: ClassVar[str] = "_more_scores"
     entries_of_size: ClassVar[str] = entries
     _more_scores: tuple[Rows, ...] = ()
@@ -120,7 +120,7 @@ class Scored(InPlace):
 class Counted(InPlace):
     """Of what knows the number of tokens, for a loss."""
 
-    level: ClassVar[int] = _MoreTokens.level
+    level: ClassVar[int] = MoreTokensOp.level
     entries: ClassVar[str] = "_more_tokens_known"
     entries_of_size: ClassVar[str] = entries
     _more_tokens_known: tuple[Rows, ...] = ()
@@ -130,13 +130,13 @@ class Counted(InPlace):
 class MoreTokens(InPlace):
     """Of the model: it holds the new rows."""
 
-    level: ClassVar[int] = _MoreTokens.level
+    level: ClassVar[int] = MoreTokensOp.level
     entries: ClassVar[str] = "_more_tokens"
     _more_tokens: tuple[Tokens, ...] = ()
 
     @classmethod
     def entry(cls, op: Op, parameter: str | None = None) -> Tokens:
-        more = cast(_MoreTokens, op)
+        more = cast(MoreTokensOp, op)
         return Tokens(more, more.embedding, more.head, more.train, more.text())
 
     @classmethod

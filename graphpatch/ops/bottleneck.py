@@ -25,6 +25,7 @@ class Bottleneck(Op):
 
     accepts: ClassVar = {"*": "graphpatch.rewrites.bottleneck:Bottlenecked"}
     level: ClassVar[int] = 65
+    acts_on_output: ClassVar[bool] = True
 
     dim: Count
     act: Function = "gelu"

@@ -22,6 +22,7 @@ class Dropout(Op):
         "*": "graphpatch.rewrites.dropout:DroppedOut",
     }
     level: ClassVar[int] = 40
+    acts_on_output: ClassVar[bool] = True
 
     p: Share
 

@@ -32,6 +32,7 @@ class NormPost(Op):
         "*": "graphpatch.rewrites.norm_post:NormPosted",
     }
     level: ClassVar[int] = 60
+    acts_on_output: ClassVar[bool] = True
 
     kind: Kind = "rms"
     eps: Epsilon | None = None

@@ -82,6 +82,9 @@ class Op(BaseModel):
     """True for ops that replace, wrap or drop the module: no other op may touch the node or anything below it."""
     idles: ClassVar[bool] = False
     """True where the target is not called any more, so that another op on it would do nothing."""
+    acts_on_output: ClassVar[bool] = False
+    """True where all it does is to change what any module (`*`) puts out, so that `insert_after` and `insert_before` take
+    it as an argument."""
     exact_at_init: ClassVar[bool] = False
     """True where the patched model computes bit for bit what the original did until it is trained."""
     merges: ClassVar[bool] = False
@@ -93,6 +96,11 @@ class Op(BaseModel):
     def resolved(self, target: Target) -> Op:
         """The same op, with what it leaves to be found out from the target written out; `Refusal` where it cannot."""
         return self
+
+    @property
+    def depth(self) -> tuple[int, ...]:
+        """Its level, and what tells it from others of that level: in a chain `A then B` that of A is not above B's."""
+        return (self.level,)
 
     @property
     def shares(self) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ _BUILT_IN = {
     "head.reward": "graphpatch.ops.head_classify",
     "head.token_classify": "graphpatch.ops.head_classify",
     "head.value": "graphpatch.ops.head_beside",
+    "insert_before": "graphpatch.ops.insert",
     "layers.drop": "graphpatch.ops.layers_drop",
     "layers.repeat": "graphpatch.ops.layers_repeat",
     "lora": "graphpatch.ops.lora",

@@ -24,6 +24,7 @@ class ScaleOutput(Op):
 
     accepts: ClassVar = {"*": "graphpatch.rewrites.scale:ScaleOutput"}
     level: ClassVar[int] = 50
+    acts_on_output: ClassVar[bool] = True
 
     by: Real
     rounded: Flag = False

@@ -27,6 +27,7 @@ class SoftcapOutput(Op):
 
     accepts: ClassVar = {"*": "graphpatch.rewrites.softcap_output:SoftcapOutput"}
     level: ClassVar[int] = 70
+    acts_on_output: ClassVar[bool] = True
 
     cap: Cap
 

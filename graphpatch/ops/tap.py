@@ -22,6 +22,7 @@ class Tap(Op):
 
     accepts: ClassVar = {"*": "graphpatch.rewrites.tap:Tapped"}
     level: ClassVar[int] = 90
+    acts_on_output: ClassVar[bool] = True
     exact_at_init: ClassVar[bool] = True
 
     name: Text

@@ -11,7 +11,7 @@ from ..lang.syntax import OpCall, Patch, Statement, When
 from ..ops.arguments import arguments
 from ..ops.registry import find
 from ..tree.tree import Signature, Tree
-from .opcall import checked_build, unfolded
+from .opcall import SLOTS, checked_build, inserted
 from .ruleset import RuleSet
 from .scope import FileScope, World
 
@@ -65,7 +65,8 @@ class _WithoutModel(FileScope):
 
 
 def _check_call(call: OpCall, scope: FileScope) -> None:
-    call = unfolded(call, scope)
+    if call.name in SLOTS:
+        call = inserted(call, scope)
     positional: list[Any] = []
     named: dict[str, Any] = {}
     unknown: set[str | int] = set()

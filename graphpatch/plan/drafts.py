@@ -66,7 +66,7 @@ def _against_levels(rule: Rule, chain: Sequence[Draft]) -> list[Diagnostic]:
     by_position = {draft.order[1]: draft for draft in chain}
     ordered = [by_position[at] for at in sorted(by_position)]
     for inner, outer in pairwise(ordered):
-        if inner.op.level > outer.op.level:
+        if inner.op.depth > outer.op.depth:
             return [
                 rule.scope.finding(
                     "GP416",

@@ -18,34 +18,39 @@ def build_op(call: OpCall, scope: FileScope) -> Op:
 
     Raises `PlanError` with its place: GP201 unknown op, GP203 unknown argument, GP204 bad value.
     """
-    call = unfolded(call, scope)
+    if call.name in SLOTS:
+        made = build_op(inserted(call, scope), scope)
+        # What follows the output of a module is what acts on its output.
+        return made if call.name == "insert_after" else checked_build(call, scope, [SLOTS[call.name], made], {})
     positional = [scope.value(arg.value) for arg in call.args if arg.name is None]
     named = {arg.name: scope.value(arg.value) for arg in call.args if arg.name is not None}
     return checked_build(call, scope, positional, named)
 
 
-def unfolded(call: OpCall, scope: FileScope) -> OpCall:
-    """`insert_after("output", adapter.bottleneck(dim=64))` is `adapter.bottleneck(dim=64)`, whose place is the output.
+SLOTS = {"insert_before": "input", "insert_after": "output"}
+"""Where a module has room for another op."""
+
+
+def inserted(call: OpCall, scope: FileScope) -> OpCall:
+    """The op in `insert_after("output", adapter.bottleneck(dim=64))`.
 
     Raises `PlanError`: GP204 for another slot, or what does not act on outputs.
     """
-    if call.name not in ("insert_after", "insert_before"):
-        return call
-    values = [arg.value for arg in call.args]
-    if call.name == "insert_before" or len(values) != 2 or not isinstance(values[1], Call):
-        say = 'write insert_after("output", adapter.bottleneck(dim=64)): a slot, and an op'
-        scope.fail("GP204", f'`{call.name}` takes the slot "output" and an op', call.span, say)
-    if scope.value(values[0]) != "output":
-        scope.fail("GP204", "the slot of a module that an op can follow is its output", values[0].span, '"output"')
+    slot, values = SLOTS[call.name], [arg.value for arg in call.args]
+    if len(values) != 2 or not isinstance(values[1], Call):
+        say = f'write {call.name}("{slot}", adapter.bottleneck(dim=64)): a slot, and an op'
+        scope.fail("GP204", f'`{call.name}` takes the slot "{slot}" and an op', call.span, say)
     inner = values[1]
-    op = find(inner.name)
-    if op is not None and op.level < _ON_OUTPUTS:
-        scope.fail("GP204", f"`{inner.name}` does not act on outputs", inner.span, f"write it alone: with {inner.name}")
+    if (given := scope.value(values[0])) != slot:
+        other = next((name for name, its in SLOTS.items() if its == given), None)
+        label = f'write {other}("{given}", ...)' if other else f'"{slot}"'
+        side = call.name.removeprefix("insert_")
+        scope.fail("GP204", f"an op can stand {side} a module's {slot}, no other slot", values[0].span, label)
+    cls = find(inner.name)
+    if cls is not None and not cls.acts_on_output:
+        label = "nothing is inserted into it" if inner.name in SLOTS else f"write it alone: with {inner.name}"
+        scope.fail("GP204", f"`{inner.name}` does not act on outputs", inner.span, label)
     return OpCall(name=inner.name, args=inner.args, span=inner.span, name_span=inner.span)
-
-
-_ON_OUTPUTS = 40
-"""The lowest level of ops that act on what a module puts out."""
 
 
 def checked_build(call: OpCall, scope: FileScope, positional: Sequence[Any], named: Mapping[str, Any]) -> Op:

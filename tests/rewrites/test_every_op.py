@@ -36,6 +36,7 @@ CASES = {
     "head.reward": "patch ^lm_head with head.reward()",
     "head.token_classify": "patch ^lm_head with head.token_classify(labels=3)",
     "head.value": "patch ^ with head.value()",
+    "insert_before": 'patch self_attn with insert_before("input", norm.post())',
     "layers.drop": "patch layers with layers.drop([1])",
     "layers.repeat": "patch layers with layers.repeat([[0, 2], [1, 3]])",
     "lora": "patch q_proj with lora(rank=2)",

@@ -175,7 +175,9 @@ def test_an_op_as_an_argument():
     made.revert()
     for wrong in (
         'insert_after("input", adapter.bottleneck(dim=4))', "insert_after(adapter.bottleneck(dim=4))",
-        'insert_before("input", adapter.bottleneck(dim=4))', 'insert_after("output", lora(rank=4))',
+        'insert_before("output", adapter.bottleneck(dim=4))', 'insert_after("output", lora(rank=4))',
+        'insert_after("output", checkpoint())', 'insert_before("input", insert_before("input", tap("h")))',
+        'insert_before("query", tap("h"))', "insert_before()",
         'insert_after("output", 5)', 'insert_after("output", adapter.bottleneck(dim=0))',
     ):  # fmt: skip
         refused("GP204", model, f"patch mlp with {wrong}")

@@ -50,6 +50,7 @@ _MEANINGS = {
     "GP424": "an op changes a weight that another module shares, and would change one use of it alone",
     "GP465": "the model caps its attention scores itself",
     "GP466": "the model has a window itself, beyond which its mask says nothing",
+    "GP483": "a module has no input that an op could stand before",
     "GP550": "the target is no attention that can be changed",
     "GP551": "the attention backend cannot do what is asked for",
     "GP662": "weights of a checkpoint have another shape than the model's, its maps carried out",

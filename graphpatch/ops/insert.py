@@ -60,7 +60,7 @@ class InsertBefore(Op):
         refuse_uncalled(target, self.op)
         if any(cls.rpartition(".")[2] in ("Embedding", "EmbeddingBag") for cls in target.signature.mro):
             why = f"{target.signature.cls} is given the numbers of tokens, which `{self.inner.op}` cannot change"
-            raise Refusal(why, f"change what it puts out: with {self.inner.text()}", code="GP480")
+            raise Refusal(why, f"change what it puts out: with {self.inner.text()}", code="GP483")
         self.inner.check(_input_of(target))
 
     def adds(self, target: Target) -> dict[str, Tensor]:

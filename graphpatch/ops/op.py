@@ -83,8 +83,8 @@ class Op(BaseModel):
     idles: ClassVar[bool] = False
     """True where the target is not called any more, so that another op on it would do nothing."""
     acts_on_output: ClassVar[bool] = False
-    """True where all it does is to change what any module (`*`) puts out, so that `insert_after` and `insert_before` take
-    it as an argument."""
+    """True where all it does is to change what any module (`*`) puts out: `insert_after` and `insert_before` take it as
+    an argument."""
     exact_at_init: ClassVar[bool] = False
     """True where the patched model computes bit for bit what the original did until it is trained."""
     merges: ClassVar[bool] = False

@@ -51,7 +51,7 @@ class Preceded(InPlace):
     @classmethod
     def check(cls, entry: Preceding, module: nn.Module) -> None:
         if _first_argument(module) is None:
-            raise Refusal(f"the forward of {type(module).__name__} takes no input", code="GP480")
+            raise Refusal(f"the forward of {type(module).__name__} takes no input", code="GP483")
 
     @classmethod
     def submodules(cls, entry: Preceding, module: nn.Module) -> Mapping[str, nn.Module]:
@@ -95,7 +95,7 @@ def _no_input(module: nn.Module, entry: Preceding, before: Before, given: Any) -
         is_given = f"a tensor of {str(given.dtype).removeprefix('torch.')}"
     return ApplyError(
         Diagnostic(
-            "GP481",
+            "GP484",
             f"{entry.op} before the input of {cls} needs a floating-point tensor as `{before.argument}`",
             text=(f"{cls} was called with {is_given}",),
             fixes=("target a module further in, which is given hidden states",),

@@ -121,10 +121,10 @@ def test_generation_with_a_cache_and_compiled_whole():
 
 
 def test_what_has_no_such_input():
-    assert "numbers of tokens" in refused("GP480", made(), 'patch embed_tokens with insert_before("input", tap("h"))')
+    assert "numbers of tokens" in refused("GP483", made(), 'patch embed_tokens with insert_before("input", tap("h"))')
     refused("GP410", made(), 'patch layers with insert_before("input", tap("h"))')
     model = made()
     patch(model, 'patch ^ with insert_before("input", scale.output(2.0))')
     with pytest.raises(graphpatch.Error, match="needs a floating-point tensor as `input_ids`") as caught:
         model(IDS)
-    assert caught.value.code == "GP481"
+    assert caught.value.code == "GP484"

@@ -107,8 +107,8 @@ def test_a_head_beside_is_refused_at_the_output_layer_and_elsewhere() -> None:
 
 def test_the_packaged_rules() -> None:
     for rules, params, key in (
-        ("reward", {}, "score.weight"),
-        ("reward", {"keep_lm": True}, "v_head.summary.weight"),
+        ("reward", {}, "v_head.summary.weight"),
+        ("reward", {"keep_lm": False}, "score.weight"),
         ("value", {}, "v_head.summary.weight"),
     ):
         for family in ("Llama", "GPT2", "Qwen2"):

@@ -137,6 +137,11 @@ class ApplyError(Error):
     """The model cannot be changed, or changed back, as asked (GP5xx)."""
 
 
+def refusal(code: str, title: str, *fixes: str, text: tuple[str, ...] = ()) -> ApplyError:
+    """An `ApplyError` of one finding that has no place in a rule file."""
+    return ApplyError(Diagnostic(code, title, text=text, fixes=fixes))
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`did you mean \\`rank\\`?`, or an empty string where nothing known is near."""
     near = get_close_matches(word, sorted(set(known)), n=1, cutoff=0.6)

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from ..lang.diagnostics import ApplyError
-from .problem import refusal
+from ..lang.diagnostics import ApplyError, refusal
 
 STRAY = ".tmp-"
 """Before the number of the process, in the name of what is half-written."""

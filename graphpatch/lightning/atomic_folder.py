@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..lang.diagnostics import refusal
 from .atomic import STRAY, is_sharded, remove, sweep, sync_folder
-from .problem import refusal
 
 
 def write_whole_folders(strategy: Any) -> None:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from .problem import refusal
+from ..lang.diagnostics import refusal
 
 Base = str | PathLike[str] | Mapping[str, torch.Tensor] | Callable[[nn.Module], Any]
 

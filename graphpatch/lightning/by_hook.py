@@ -10,12 +10,11 @@ import torch
 from pydantic import PrivateAttr
 from torch import nn
 
-from ..lang.diagnostics import ApplyError
+from ..lang.diagnostics import ApplyError, refusal
 from ..ops.op import Op
 from ..plan.plan import Outcome, Plan, Step
 from ..rewrites.replace import cast_new
 from ..rewrites.rewrite import Replacement
-from .problem import refusal
 
 
 class Given(Op):

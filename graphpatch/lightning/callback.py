@@ -16,6 +16,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
+from ..lang.diagnostics import refusal
 from ..patch.apply import apply_plan, over_ranks
 from ..patch.patch import Patch, patches
 from ..plan.plan import Plan, patterns
@@ -28,7 +29,6 @@ from .base import Base, load_base
 from .contents import Window, keep_what_changes
 from .handover import Handover
 from .inner import inner_model, plan_inside
-from .problem import refusal
 from .random_state import Randomness
 from .sharded import check_before_loading
 

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from .problem import refusal
+from ..lang.diagnostics import refusal
 
 if TYPE_CHECKING:
     from .callback import ModelTransform

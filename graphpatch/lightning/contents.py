@@ -15,10 +15,10 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
+from ..lang.diagnostics import refusal
 from ..patch.patch import patches
 from ..patch.record import record_of
 from ..plan.ruleset import RuleSet
-from .problem import refusal
 from .random_state import Randomness
 from .reference import Weight, check_reference, path_of, reference, weights_of
 

@@ -8,9 +8,9 @@ from typing import Any
 from lightning.fabric import Fabric
 from torch import nn
 
+from ..lang.diagnostics import refusal
 from ..patch.patch import Patch
 from ..plan.ruleset import RuleSet, load
-from .problem import refusal
 
 
 def transform(

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 import lightning.pytorch as pl
 import torch
 
+from ..lang.diagnostics import refusal
 from ..patch.apply import apply_plan
 from ..plan.ruleset import RuleSet
 from .atomic import telling_what_is_torn
@@ -18,7 +19,6 @@ from .base import Base, load_base
 from .checks import refuse_meta
 from .contents import KEY, check_loadable, keep_what_changes, named_as_here
 from .inner import plan_inside
-from .problem import refusal
 from .sharded import read_sharded
 
 _Module = TypeVar("_Module", bound=pl.LightningModule)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..lang.diagnostics import RuleError
+from ..lang.diagnostics import RuleError, refusal
 from ..plan.check import check
 from ..plan.ruleset import RuleSet, parse
 from .base import Base
 from .peft import PEFT
-from .problem import refusal
 
 DEFAULT = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 """The four linears of a transformer layer, by megatron-core's names."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ..lang.diagnostics import refusal
 from ..ops.op import Op
 from ..patch.walk import walk
 from ..plan.plan import Plan, patterns
@@ -16,7 +17,6 @@ from ..plan.ruleset import RuleSet, parse
 from .by_hook import given_step, refuse_answer
 from .callback import ModelTransform
 from .inner import plan_inside
-from .problem import refusal
 
 
 class PEFT(ModelTransform):

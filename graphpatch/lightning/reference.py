@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .problem import refusal
+from ..lang.diagnostics import refusal
 
 _SAMPLED = 32
 """Values of a tensor that are looked at. All of them would be read from the device at every start."""

@@ -8,11 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..lang.diagnostics import ApplyError, Diagnostic
-
-
-def refusal(code: str, title: str, *fixes: str, text: tuple[str, ...] = ()) -> ApplyError:
-    return ApplyError(Diagnostic(code, title, text=text, fixes=fixes))
+from ..lang.diagnostics import refusal
 
 
 def optimizer_like(

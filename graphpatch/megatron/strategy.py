@@ -11,8 +11,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
+from ..lang.diagnostics import refusal
 from . import cpu
-from .engine import optimizer_like, refusal, step
+from .engine import optimizer_like, step
 
 Forward = Callable[[nn.Module, Any], tuple[Tensor, Callable[[Tensor], Tensor]]]
 """From a model chunk and a microbatch to its output, and a function that makes the loss of it, called on the last
@@ -256,7 +257,7 @@ class MegatronStrategy(DDPStrategy):
             entries = chunk.sharded_state_dict(metadata={})  # type: ignore[operator]
             found[f"model{at}"] = {name: entry for name, entry in entries.items() if name in kept}
         if optimizer:
-            whole = {f"{at}.{n}": e for at, c in enumerate(self.chunks) for n, e in found[f"model{at}"].items()}
+            whole = {f"{chunk}.{name}": entry for chunk, held in found.items() for name, entry in held.items()}
             found["optimizer"] = self.engine.sharded_state_dict(whole, is_loading=loading)
         return found
 

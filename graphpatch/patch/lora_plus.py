@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..lang.diagnostics import ApplyError, Diagnostic
+from ..lang.diagnostics import refusal
 from ..rewrites.lora_base import Adapter, LoraModule
 from ..rewrites.lora_embedding import LoraEmbedding
 from .patch import Patch, adapter_changes, patches
@@ -30,9 +30,9 @@ def lora_plus(
     """
     for name, value in (("lr", lr), ("ratio", ratio), ("lr_embedding", lr_embedding)):
         if not _is_number(value) or value <= 0:
-            raise _error("GP539", f"`{name}` must be a number above 0, not {value!r}")
+            raise refusal("GP539", f"`{name}` must be a number above 0, not {value!r}")
     if not _is_number(weight_decay) or weight_decay < 0:
-        raise _error("GP539", f"`weight_decay` must be a number, at least 0, not {weight_decay!r}")
+        raise refusal("GP539", f"`weight_decay` must be a number, at least 0, not {weight_decay!r}")
 
     model = patch.model
     of_b, of_embeddings, adapters = _factors(model)
@@ -46,7 +46,7 @@ def lora_plus(
         else:
             groups["B" if key in of_b else "A"].append(parameter)
     if not any(id(p) in adapters for some in groups.values() for p in some):
-        raise _error(
+        raise refusal(
             "GP539",
             "no factor of LoRA trains in this model",
             "patch it with lora(...), and let the factors train: freeze ** except @new",
@@ -86,7 +86,3 @@ def _factors(model: nn.Module) -> tuple[set[int], set[int], set[int]]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _error(code: str, title: str, *fixes: str) -> ApplyError:
-    return ApplyError(Diagnostic(code, title, fixes=fixes))

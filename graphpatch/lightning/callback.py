@@ -17,7 +17,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from ..lang.diagnostics import refusal
-from ..patch.apply import apply_plan, over_ranks
+from ..patch.apply import apply_plan
+from ..patch.over_ranks import over_ranks
 from ..patch.patch import Patch, patches
 from ..plan.plan import Plan, patterns
 from ..plan.ruleset import RuleSet, load
@@ -108,7 +109,7 @@ class ModelTransform(pl.Callback):
     def apply(self, model: nn.Module) -> Patch | None:
         inner = inner_model(model)
         parts = model if inner is None else inner
-        whole = over_ranks(parts)
+        whole = over_ranks(parts, "apply")
         rules = self.rule_set() if whole is not None else None
         if whole is not None and rules is not None:
             found = whole(parts, rules, adapter=self.adapter, allow_import=self.allow_import, tell=self._heard)

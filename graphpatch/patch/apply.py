@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from importlib import import_module
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from .grads import set_flags, set_single_flags, still
 from .imports import brief
 from .in_place import InPlaceChange
 from .observe import observe
+from .over_ranks import over_ranks
 from .patch import Patch, adapter_changes, patches, undo
 from .preflight import Preflight
 from .record import JOURNALS, Journal, journals_of
@@ -54,7 +54,7 @@ def apply(
 
     Raises `RuleError`, `PlanError` or `ApplyError`; then nothing has changed.
     """
-    whole = over_ranks(model)
+    whole = over_ranks(model, "apply")
     if whole is not None:
         if batches is not None:
             fix = "another init: a rank sees a part of the model alone"
@@ -73,27 +73,6 @@ def apply(
         warnings.warn(diagnostic.render(), stacklevel=2)
     # The tree was taken of this model a moment ago: no need to ask whether it still holds.
     return _carried(plan, model) or _carry_out(plan, model, plan.tree, plan.allow_import, fresh=True, batches=batches)
-
-
-OVER_RANKS = {"megatron.core.transformer.module.MegatronModule": "graphpatch.megatron.over_ranks:apply"}
-"""Classes of models of which a process may have a part, and the import path of what applies rules to the whole."""
-
-
-def over_ranks(model: Any) -> Callable[..., Any] | None:
-    """What applies rules to a model of which this process has a part (or a list of parts); None for a whole one."""
-    parts = isinstance(model, (list, tuple, nn.ModuleList)) and len(model) > 0
-    part = model[0] if parts else model
-    return imported_for(part, OVER_RANKS)
-
-
-def imported_for(model: nn.Module, table: Mapping[str, str]) -> Callable[..., Any] | None:
-    """What a table, from class names to import paths, has for a model's class."""
-    names = (f"{c.__module__}.{c.__qualname__}" for c in type(unwrapped(model)).__mro__)
-    path = next((table[name] for name in names if name in table), None)
-    if path is None:
-        return None
-    module, _, name = path.partition(":")
-    return getattr(import_module(module), name)  # type: ignore[no-any-return]
 
 
 def apply_plan(

@@ -7,11 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ...patch.apply import OVER_RANKS, imported_for
+from ...patch.over_ranks import over_ranks
 from ...patch.patch import adapter_changes, patches
-
-SHARDED = dict.fromkeys(OVER_RANKS, "graphpatch.megatron.weights:slots")
-"""Classes of models of which a process may have a part, and the import path of what knows the places of the whole."""
 
 
 class Slot(NamedTuple):
@@ -32,7 +29,7 @@ class Slot(NamedTuple):
 
 def slots_of(model: nn.Module) -> dict[str, Slot]:
     """What the model's checkpoints hold, by name; tied tensors under each of theirs. Called on all ranks."""
-    theirs = imported_for(model, SHARDED)
+    theirs = over_ranks(model, "slots")
     if theirs is not None:
         return theirs(model)  # type: ignore[no-any-return]
     return {key: whole(tensor) for key, tensor in held_by(model).items()}

@@ -14,8 +14,8 @@ import torch
 
 from ...lang.diagnostics import Diagnostic, Error
 from ...ops.lora import Lora
-from ...patch.apply import OVER_RANKS, imported_for
 from ...patch.original import original_plan
+from ...patch.over_ranks import over_ranks
 from ...patch.patch import Patch
 from ...plan.plan import Plan
 from ...tree.tree import Tree
@@ -29,8 +29,6 @@ from .moe import is_renamed
 from .naming import commonest, ends, patterns
 from .plain import Plain, inexpressible, plain
 from .saved import Saved, saved_with
-
-_OVER_RANKS = dict.fromkeys(OVER_RANKS, "graphpatch.megatron.peft:to_peft")
 
 
 def to_peft(patch: Patch, directory: str | PathLike[str], *, profile: Literal["peft", "portable"] = "peft") -> None:
@@ -47,7 +45,7 @@ def to_peft(patch: Patch, directory: str | PathLike[str], *, profile: Literal["p
     Raises `Error`: GP625 naming what PEFT cannot express, GP626 where no list of names reaches just these modules,
     GP604 where the files cannot be written, GP605 on the meta device.
     """
-    elsewhere = imported_for(patch.model, _OVER_RANKS)
+    elsewhere = over_ranks(patch.model, "to_peft")
     if elsewhere is not None:
         return elsewhere(patch, directory)  # type: ignore[no-any-return]
     if profile == "portable":

@@ -1,0 +1,32 @@
+"""Models of which a process may have a part: who does something to the whole of one, by import path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any, Literal
+
+from torch import nn
+
+from .drift import unwrapped
+
+OVER_RANKS: Mapping[str, Mapping[str, str]] = {
+    "megatron.core.transformer.module.MegatronModule": {
+        "apply": "graphpatch.megatron.over_ranks:apply",
+        "slots": "graphpatch.megatron.weights:slots",
+        "to_peft": "graphpatch.megatron.peft:to_peft",
+    },
+}
+"""By qualified class name; the first of a model's MRO that stands here decides."""
+
+
+def over_ranks(model: Any, what: Literal["apply", "slots", "to_peft"]) -> Callable[..., Any] | None:
+    """What does this to a model of which this process has a part, or a list of parts; None for any other."""
+    several = isinstance(model, (list, tuple, nn.ModuleList)) and len(model) > 0
+    part = unwrapped(model[0] if several else model)
+    names = (f"{c.__module__}.{c.__qualname__}" for c in type(part).__mro__)
+    known = next((OVER_RANKS[name] for name in names if name in OVER_RANKS), None)
+    if known is None:
+        return None
+    module, _, name = known[what].partition(":")
+    return getattr(import_module(module), name)  # type: ignore[no-any-return]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -53,13 +54,15 @@ class Attention(InPlace):
 def allowed(queries: Tensor, keys: int, wishes: Wishes) -> Tensor:
     """Which keys each query may see by window and causality (... x queries x keys), from the queries' places among
     the keys."""
-    distance = queries[..., None] - torch.arange(keys, device=queries.device)
-    seen = torch.ones_like(distance, dtype=torch.bool)
-    if wishes.causal:
-        seen = seen & (distance >= 0)
+    own, places = queries[..., None], torch.arange(keys, device=queries.device)
+    bounds = [places <= own] if wishes.causal else []
     if wishes.size is not None:
-        seen = seen & (distance < wishes.size) & (distance > -wishes.size)
-    return seen
+        bounds.append(places > own - wishes.size)
+        if not wishes.causal:
+            bounds.append(places < own + wishes.size)
+    if not bounds:
+        return torch.ones(*queries.shape, keys, dtype=torch.bool, device=queries.device)
+    return reduce(torch.logical_and, bounds)
 
 
 def narrowed(mask: Tensor, seen: Tensor) -> Tensor:
@@ -67,8 +70,20 @@ def narrowed(mask: Tensor, seen: Tensor) -> Tensor:
     return mask & seen if mask.dtype == torch.bool else torch.where(seen, mask, torch.finfo(mask.dtype).min)
 
 
+def scored(products: Tensor, scale: float, cap: float | None, bias: Tensor | None) -> Tensor:
+    """What the softmax is of: cap * tanh(scale * products / cap) + bias (Gemma 2, arXiv:2408.00118, section 2).
+
+    Products of queries and keys are the caller's own, and written over: these tensors are the largest of a model, and
+    a backward needs but one of them, what tanh puts out.
+    """
+    scores = products.mul_(scale)
+    if cap is not None:
+        scores = scores.div_(cap).tanh_() * cap
+    return scores if bias is None else scores.add_(bias)
+
+
 def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A mask to be added to scores: 0 where a key may be seen, the least finite number where not."""
     if mask.dtype != torch.bool:
         return mask.to(dtype)
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import Attention, Wishes, allowed, as_bias, narrowed
-from .softcap_output import softcapped
+from .attention import Attention, Wishes, allowed, as_bias, narrowed, scored
 
 
 class TorchAttention(Attention):
@@ -79,11 +78,10 @@ def _attend(
     q, k, v = (x.reshape(batch, -1, heads, width).transpose(1, 2) for x in (q, k, v))
     if module.add_zero_attn:
         k, v = (torch.cat([x, x.new_zeros(batch, heads, 1, width)], 2) for x in (k, v))
-    scores = q @ k.transpose(-2, -1) * (width**-0.5 if wishes.by is None else wishes.by)
-    bias = _bias(scores, padding, mask, is_causal, given, wishes, heads)
-    scores = scores if wishes.cap is None else softcapped(scores, wishes.cap)
+    bias = _bias(q, padding, mask, is_causal, given, wishes)
     # The keys that the module adds itself are seen by all.
-    scores = scores if bias is None else scores + F.pad(bias, (0, k.shape[2] - given))
+    bias = None if bias is None else F.pad(bias, (0, k.shape[2] - given))
+    scores = scored(q @ k.transpose(-2, -1), width**-0.5 if wishes.by is None else wishes.by, wishes.cap, bias)
     weights = F.dropout(scores.softmax(-1), module.dropout, module.training)
     output = (weights @ v).transpose(1, 2).reshape(batch, queries, heads * width)
     return F.linear(output, module.out_proj.weight, module.out_proj.bias), weights
@@ -99,20 +97,20 @@ def _projected(module: nn.MultiheadAttention, *inputs: Tensor) -> tuple[Tensor, 
 
 
 def _bias(
-    scores: Tensor, padding: Tensor | None, mask: Tensor | None, is_causal: bool, keys: int, wishes: Wishes, heads: int
+    query: Tensor, padding: Tensor | None, mask: Tensor | None, is_causal: bool, keys: int, wishes: Wishes
 ) -> Tensor | None:
     """All that is masked, as one bias over the keys that were given; here `true` in a mask means not to be seen."""
-    batch, _, queries, _ = scores.shape
+    batch, heads, queries, _ = query.shape
     bias: Tensor | None = None
     if mask is not None and not (wishes.causal is False and is_causal):
         # Three dimensions are batch times heads.
         shaped = mask.view(batch, heads, queries, keys) if mask.dim() == 3 else mask
-        bias = as_bias(~shaped if shaped.dtype == torch.bool else shaped, scores.dtype)
+        bias = as_bias(~shaped if shaped.dtype == torch.bool else shaped, query.dtype)
     if padding is not None:
-        hidden = as_bias(~padding if padding.dtype == torch.bool else padding, scores.dtype)[:, None, None]
-        bias = hidden if bias is None else (bias + hidden).clamp(min=torch.finfo(scores.dtype).min)
+        hidden = as_bias(~padding if padding.dtype == torch.bool else padding, query.dtype)[:, None, None]
+        bias = hidden if bias is None else (bias + hidden).clamp(min=torch.finfo(query.dtype).min)
     if wishes.masks or (is_causal and mask is None):
         wanted = wishes._replace(causal=is_causal and mask is None) if wishes.causal is None else wishes
-        seen = allowed(torch.arange(queries, device=scores.device) + (keys - queries), keys, wanted)
-        bias = as_bias(seen, scores.dtype) if bias is None else narrowed(bias, seen)
+        seen = allowed(torch.arange(queries, device=query.device) + (keys - queries), keys, wanted)
+        bias = as_bias(seen, query.dtype) if bias is None else narrowed(bias, seen)
     return bias

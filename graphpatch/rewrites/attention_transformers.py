@@ -19,12 +19,16 @@ from torch import Tensor, nn
 
 from ..lang.diagnostics import ApplyError, Diagnostic
 from ..ops.op import Refusal
-from .attention import Attention, Wish, Wishes, allowed, as_bias, narrowed
-from .softcap_output import softcapped
+from .attention import Attention, Wish, Wishes, allowed, as_bias, narrowed, scored
 
 NAME = "graphpatch"
 _PLAIN = {"module", "query", "key", "value", "attention_mask", "scaling", "dropout", "softcap", "kwargs"}
 _OURS = ("eager", "sdpa", "flex_attention")
+_WORDS = frozenset(
+    "torch nn functional F matmul transpose size softmax float float32 dtype to type dropout training contiguous tanh"
+    " head_dim repeat_kv num_key_value_groups getattr hasattr".split()
+)
+"""What an eager attention names that computes no more than `_capped_attention` does; sinks, for one, are more."""
 
 
 class Redirected:
@@ -60,9 +64,18 @@ class TransformersAttention(Attention):
         backend = module.__dict__["config"]._attn_implementation
         _refuse_backend(name, backend, entry.name)
         if entry.name == "cap":
-            odd = sorted(set(inspect.signature(_eager(module)).parameters) - _PLAIN)
+            eager = _eager(module)
+            odd = sorted(set(inspect.signature(eager).parameters) - _PLAIN)
             if odd:
                 raise Refusal(f"{name} adds {', '.join(odd)} to its scores, which capping would not know", code="GP550")
+            odd = sorted(set(eager.__code__.co_names) - _WORDS)
+            if odd:
+                raise Refusal(
+                    f"the attention of {name} computes more than softmax(q k^T + mask) v ({', '.join(odd)}), "
+                    "which capping would leave out",
+                    "leave these modules out",
+                    code="GP550",
+                )
             if backend == "sdpa":
                 warnings.warn(
                     f"graphpatch: `sdpa` cannot cap attention scores: {name} computes as `eager` does from now on",
@@ -116,13 +129,17 @@ def attend(
         except Refusal as refusal:
             raise ApplyError(Diagnostic(refusal.code, str(refusal), fixes=refusal.fixes)) from None
     scaling = wishes.by if wishes.by is not None else scaling
+    causal = _is_causal(module, kwargs)
     if wishes.masks:
-        attention_mask = _masked(module, query, key, attention_mask, wishes, backend)
+        attention_mask = _masked(causal, query, key, attention_mask, wishes, backend)
         kwargs["is_causal"] = False
+    elif wishes.cap is not None and backend == "sdpa" and attention_mask is None and causal and query.shape[2] > 1:
+        places = torch.arange(query.shape[2], device=query.device)
+        attention_mask = allowed(places, key.shape[2], Wishes(causal=True))[None, None]
     if backend == "flex_attention" and wishes.cap is not None:
         kwargs["softcap"] = wishes.cap
     elif wishes.cap is not None:
-        return _capped_attention(module, query, key, value, attention_mask, scaling, dropout, wishes.cap, wishes.causal)
+        return _capped_attention(module, query, key, value, attention_mask, scaling, dropout, wishes.cap)
     function = ALL_ATTENTION_FUNCTIONS.get_interface(backend, _eager(module))
     return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)  # type: ignore[no-any-return]
 
@@ -136,38 +153,33 @@ def _capped_attention(
     scaling: float | None,
     dropout: float,
     cap: float,
-    causal: bool | None,
 ) -> tuple[Tensor, Tensor]:
-    """Transformers' eager attention of Gemma 2, operation by operation."""
-    if mask is None and causal is None and query.shape[2] > 1 and getattr(module, "is_causal", False):
-        places = torch.arange(query.shape[2], device=query.device)
-        mask = allowed(places, key.shape[2], Wishes(causal=True))[None, None]
+    """Transformers' eager attention of Gemma 2, with its roundings."""
+    from transformers.integrations.sdpa_attention import repeat_kv
+
     groups = query.shape[1] // key.shape[1]
-    scores = torch.matmul(query, _repeated(key, groups).transpose(2, 3))
-    scores = softcapped(scores * (query.shape[-1] ** -0.5 if scaling is None else scaling), cap)
-    if mask is not None:
-        scores = scores + as_bias(mask, scores.dtype)
+    products = torch.matmul(query, repeat_kv(key, groups).transpose(2, 3))
+    bias = None if mask is None else as_bias(mask, query.dtype)
+    scores = scored(products, query.shape[-1] ** -0.5 if scaling is None else scaling, cap, bias)
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    output = torch.matmul(weights, _repeated(value, groups))
+    output = torch.matmul(weights, repeat_kv(value, groups))
     return output.transpose(1, 2).contiguous(), weights
-
-
-def _repeated(states: Tensor, times: int) -> Tensor:
-    if times == 1:
-        return states
-    batch, heads, length, width = states.shape
-    return states[:, :, None].expand(batch, heads, times, length, width).reshape(batch, heads * times, length, width)
 
 
 # ── masks ──
 
 
-def _masked(module: Any, query: Tensor, key: Tensor, mask: Any, wishes: Wishes, backend: str) -> Any:
+def _is_causal(module: Any, kwargs: dict[str, Any]) -> bool:
+    """As `sdpa` decides it: CLIP's text tower, for one, says it with every call, and its modules say otherwise."""
+    given = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if given is None else given)
+
+
+def _masked(causal: bool, query: Tensor, key: Tensor, mask: Any, wishes: Wishes, backend: str) -> Any:
     """The mask with what is asked for in it, of the kind that the backend takes."""
     queries, keys = query.shape[2], key.shape[2]
-    causal = bool(getattr(module, "is_causal", False))
-    if wishes.causal is None and causal and not isinstance(mask, Tensor):
+    if wishes.causal is None and causal and not isinstance(mask, Tensor) and backend != "eager":
         wishes = wishes._replace(causal=True)  # where the mask leaves it to the backend
     if type(mask).__name__ == "BlockMask" or backend == "flex_attention":
         return _block_mask(mask, queries, keys, wishes, query.device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, NamedTuple, cast
 
-import torch
 from torch import Tensor
 
 from ..ops.op import Op
@@ -37,6 +36,6 @@ class SoftcapOutput(InPlace):
 
 
 def softcapped(x: Tensor, cap: float) -> Tensor:
-    """cap * tanh(x / cap). Ends in the multiplication, which keeps no output for its backward: megatron-core's cross
-    entropy writes into the logits that it gets."""
-    return torch.tanh(x / cap) * cap
+    """cap * tanh(x / cap). The quotient is written over, since nothing else holds it. Ends in the multiplication, which
+    keeps no output for its backward: megatron-core's cross entropy writes into the logits that it gets."""
+    return (x / cap).tanh_() * cap

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, ClassVar, NamedTuple, cast
 
 from torch import nn
@@ -15,7 +13,9 @@ from ..ops.op import Op
 from ..ops.tap import Tap
 from .rewrite import InPlace
 
-_listeners: ContextVar[tuple[tuple[frozenset[int], dict[str, list[Any]]], ...]] = ContextVar("taps", default=())
+_listeners: list[dict[int, dict[str, list[Any]]]] = []
+"""Of each what it has heard, by the id of a module it listens to. Not a ContextVar: torch.compile follows a list, and
+the threads in which a model may compute are not those that listen."""
 
 
 class Named(NamedTuple):
@@ -36,10 +36,10 @@ class Tapped(InPlace):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
-        for modules, seen in _listeners.get():
-            if id(self) in modules:
+        for heard in _listeners:
+            if id(self) in heard:
                 for tap in self._tap:
-                    seen[tap.name].append(output)
+                    heard[id(self)].setdefault(tap.name, []).append(output)
         return output
 
 
@@ -53,10 +53,10 @@ def taps(model: nn.Module) -> Iterator[dict[str, list[Any]]]:
     if not tapped:
         fix = 'graphpatch.apply(model, graphpatch.parse("patch layers[*].mlp with tap(\\"h\\")"))'
         raise ApplyError(Diagnostic("GP566", "no module of this model is tapped", fixes=(fix,)))
-    seen: dict[str, list[Any]] = defaultdict(list)
-    token = _listeners.set((*_listeners.get(), (frozenset(map(id, tapped)), seen)))
+    seen: dict[str, list[Any]] = {}
+    heard = {id(module): seen for module in tapped}
+    _listeners.append(heard)
     try:
         yield seen
     finally:
-        _listeners.reset(token)
-        seen.default_factory = None  # type: ignore[attr-defined]
+        _listeners[:] = [other for other in _listeners if other is not heard]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import graphpatch
@@ -183,3 +184,16 @@ def test_an_op_as_an_argument():
         refused("GP204", model, f"patch mlp with {wrong}")
     refused("GP201", model, 'patch mlp with insert_after("output", adapter.bottelneck(dim=4))')
     refused("GP203", model, 'patch mlp with insert_after("output", adapter.bottleneck(dmi=4))')
+
+
+def test_a_compiled_model_tells_those_who_listen_too():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    graphpatch.apply(model, graphpatch.parse('patch 0 with tap("h")'))
+    compiled, x = torch.compile(model, fullgraph=True, backend="eager"), torch.randn(2, 4)
+    compiled(x)
+    with graphpatch.taps(model) as seen:
+        compiled(x)
+        with graphpatch.taps(model) as inner:
+            compiled(x)
+    compiled(x)
+    assert len(seen["h"]) == 2 and len(inner["h"]) == 1 and torch.equal(seen["h"][0], model[0](x))

@@ -10,43 +10,42 @@ from torch import Tensor, nn
 from ..ops.lora_parts import Spread
 from ..patch.record import record_of
 from ..rewrites.lora_base import Adapter
+from ..rewrites.rewrite import InPlace
 from .sharding import group_of
 
 Offsets = Any
 """(axis, position, size) of dimensions that stand before a tensor's own: its layer's, its expert's."""
 
 
-def sharded_factors(
-    module: nn.Module, prefix: str, sharded_offsets: Offsets, metadata: dict[str, Any] | None
-) -> dict[str, Any]:
-    """The entries of all adapters on a module, by their names in the state dict.
+class Sharded(InPlace):
+    """Of the adapters on a parallel module: what they added stands beside what the module itself says it has."""
 
-    Of the layers of a homogeneous model a checkpoint makes one tensor. An adapter may be on some of them alone, so each
-    of its tensors has a key of its own, which ends in the numbers of its layer and of its expert.
-    """
-    place = "".join(f".{position}" for _, position, _ in sharded_offsets)
-    found: dict[str, Any] = {}
-    for held in record_of(module).held:
-        if isinstance(held.entry, Adapter):
-            for name in held.entry.tensors:
-                spread = held.entry.spread if name == held.entry.b else None
-                key, tensor = f"{prefix}{name}{place}", getattr(module, name)
-                found[prefix + name] = _entry(module, key, tensor, spread, metadata)
-    return found
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Offsets = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Of the layers of a homogeneous model a checkpoint makes one tensor. An adapter may be on some of them alone,
+        so each of its tensors has a key of its own, which ends in the numbers of its layer and of its expert."""
+        found: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
+        place = "".join(f".{position}" for _, position, _ in sharded_offsets)
+        for held in record_of(self).held:
+            if isinstance(held.entry, Adapter):
+                for name in held.entry.tensors:
+                    spread = held.entry.spread if name == held.entry.b else None
+                    key, tensor = f"{prefix}{name}{place}", getattr(self, name)
+                    found[prefix + name] = _entry(self, key, tensor, spread, metadata)
+        return found
 
 
 def _entry(module: nn.Module, key: str, tensor: Tensor, spread: Spread | None, metadata: Any) -> Any:
-    sizes = [spread.groups * spread.sizes[part] for part in spread.chosen] if spread else []
     dim, stride = getattr(tensor, "partition_dim", None), getattr(tensor, "partition_stride", 1)
     if dim is None:
         return _sharded(module, key, tensor, None, metadata)
-    if stride > 1:
-        sizes = [tensor.shape[dim] // stride] * stride
-    return (
-        _pieces(module, key, tensor, sizes, metadata)
-        if len(sizes) > 1
-        else _sharded(module, key, tensor, dim, metadata)
-    )
+    sizes = [tensor.shape[dim] // stride] * stride
+    if spread is not None:
+        sizes = [spread.groups * spread.sizes[part] for part in spread.chosen]
+    if len(sizes) == 1:
+        return _sharded(module, key, tensor, dim, metadata)
+    return _pieces(module, key, tensor, sizes, metadata)
 
 
 def _sharded(module: nn.Module, key: str, tensor: Tensor, dim: int | None, metadata: Any) -> Any:

@@ -19,7 +19,7 @@ from ..rewrites.lora_base import Adapter, LoraModule
 from ..rewrites.lora_init import STARTS
 from ..rewrites.lora_options import LoraOfWeight
 from ..rewrites.merging import Merging, Unmergeable
-from .factors import sharded_factors
+from .factors import Sharded
 from .sharding import (
     Marks,
     cut,
@@ -33,7 +33,7 @@ from .sharding import (
 )
 
 
-class LoraParallel(LoraOfWeight):
+class LoraParallel(Sharded, LoraOfWeight):
     """What columns and rows share."""
 
     by_row: ClassVar[bool] = False
@@ -91,12 +91,6 @@ class LoraParallel(LoraOfWeight):
 
     def _unbiased(self, output: Tensor) -> Tensor:
         raise NotImplementedError
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        base = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
-        return {**base, **sharded_factors(self, prefix, sharded_offsets, metadata)}
 
 
 class LoraColumnParallel(LoraParallel):

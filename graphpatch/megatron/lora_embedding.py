@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, embedding, linear
+from torch.nn.functional import embedding, linear
 
-from ..rewrites.lora_base import Adapter, LoraModule
-from ..rewrites.lora_options import LoraOfWeight
-from .factors import sharded_factors
+from ..rewrites.lora_base import Adapter
+from ..rewrites.lora_embedding import LoraEmbedding
+from .factors import Sharded
 from .lora import refuse_shared
 from .sharding import Marks, drawn_alike, dropping_apart, group_of, replicated_marks, sharded_marks
 
 
-class LoraVocabParallelEmbedding(LoraOfWeight):
+class LoraVocabParallelEmbedding(Sharded, LoraEmbedding):
     """A has the columns of this rank's tokens; what it has for a token, zero on all ranks but one, is summed before B,
     which is whole: the sum is rank-wide."""
 
     by_row: ClassVar[bool] = False
-    transposed = True
-    weight: Tensor
     reduce_scatter_embeddings: bool
     vocab_start_index: int
     vocab_end_index: int
@@ -38,41 +36,25 @@ class LoraVocabParallelEmbedding(LoraOfWeight):
 
     @classmethod
     def _start(cls, entry: Adapter, a: Tensor, b: Tensor, module: nn.Module) -> None:
-        """As of every embedding: A zero and B standard normal."""
-        a.zero_()
         with drawn_alike(module):
-            b.copy_(torch.randn(b.shape, dtype=b.dtype))
+            super()._start(entry, a, b, module)
 
-    @staticmethod
-    def matrix(module: nn.Module) -> Tensor:
-        return module.weight.t()  # type: ignore[operator, no-any-return]
-
-    def forward(self, input_: Tensor) -> Tensor:
-        # Past the one of all mixins: what comes out may have its dimensions in another order.
-        return self._add_all(super(LoraModule, self).forward(input_), input_)
-
-    def _addend(self, adapter: Adapter, input: Tensor, output: Tensor) -> Tensor:
+    def _low_rank(self, z: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         from megatron.core.tensor_parallel.mappings import (
             reduce_from_tensor_model_parallel_region,
             reduce_scatter_to_sequence_parallel_region,
         )
 
-        here = (input >= self.vocab_start_index) & (input < self.vocab_end_index)
-        rows = embedding(torch.where(here, input - self.vocab_start_index, 0), getattr(self, adapter.a).t())
+        here = (z >= self.vocab_start_index) & (z < self.vocab_end_index)
+        rows = embedding(torch.where(here, z - self.vocab_start_index, 0), a.t())
         h = rows.to(self.weight.dtype) * here.unsqueeze(-1)
         if self.reduce_scatter_embeddings:
+            # Sequence first, as the output is, of which this rank has a part.
             h = reduce_scatter_to_sequence_parallel_region(h.transpose(0, 1).contiguous(), group=group_of(self))
         else:
             h = reduce_from_tensor_model_parallel_region(h, group=group_of(self))
-        added = linear(h if adapter.scale == 1.0 else h * adapter.scale, getattr(self, adapter.b).to(h.dtype))
-        if not (adapter.dropout and self.training):
-            return added
-        # A token's whole update is dropped or kept, as of every embedding.
-        with dropping_apart(self, self.reduce_scatter_embeddings):
-            return added * dropout(added.new_ones(added.shape[:-1]), adapter.dropout).unsqueeze(-1)
+        return linear(h if scale == 1.0 else h * scale, b.to(h.dtype))
 
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        base = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
-        return {**base, **sharded_factors(self, prefix, sharded_offsets, metadata)}
+    def _dropping(self, adapter: Adapter, added: Tensor) -> Tensor:
+        with dropping_apart(self, self.reduce_scatter_embeddings):
+            return super()._dropping(adapter, added)

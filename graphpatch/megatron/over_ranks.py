@@ -84,10 +84,10 @@ def _planned(
         return found, [numbered(Tree.of(chunk), expert_rank()) for chunk in chunks]
 
     found, trees = all_or_none(read)
-    said = [source.text for source in found.program.files if not source.packaged] or [_name(rules)]
-    given = f"params {found.program.params}, adapter {adapter}" if found.program.params or adapter else ""
     if alone() and len(trees) == 1:
         return found.plan(trees[0], adapter=adapter, allow_import=allow_import), trees
+    said = [source.text for source in found.program.files if not source.packaged] or [_name(rules)]
+    given = f"params {found.program.params}, adapter {adapter}" if found.program.params or adapter else ""
     refuse_different("rules", told("\n".join([*said, given])), "give every rank the same rule file and params")
     # Each text once: ranks of tensor and data parallelism have the same.
     texts = dict.fromkeys(text for rank in told([tree.to_text() for tree in trees]) for text in rank)
@@ -144,6 +144,8 @@ def _agreed(part: Plan, chunk: nn.Module, tree: Tree, initialise: bool) -> Patch
 
 def _part(whole: Plan, tree: Tree) -> Plan:
     """What of a plan is to be done to the modules of `tree`."""
+    if whole.tree is tree:
+        return whole
     here = {node: at for node, path in enumerate(whole.tree.paths) if (at := tree.find(path)) is not None}
     there = {at: node for node, at in here.items()}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..checkpoint.mapped.slots import Slot, held_by
+from ..checkpoint.mapped.slots import Slot, held_by, whole
 from ..tree.tree import Tree
 from .ranks import told
 from .sharding import cut, group_of
@@ -34,8 +34,8 @@ def slots(model: nn.Module) -> dict[str, Slot]:
 def _slot(module: nn.Module, tensor: Tensor) -> Slot:
     dim = getattr(tensor, "partition_dim", -1)
     if not getattr(tensor, "tensor_model_parallel", False) or dim < 0 or group_of(module).size() == 1:
-        return Slot(tensor, tuple(tensor.shape), lambda value: value)
+        return whole(tensor)
     shape = list(tensor.shape)
     shape[dim] *= group_of(module).size()
     stride = getattr(tensor, "partition_stride", 1)
-    return Slot(tensor, tuple(shape), lambda whole: cut(module, whole, dim, stride))
+    return Slot(tensor, tuple(shape), lambda value: cut(module, value, dim, stride))

@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 from ..lang.diagnostics import ApplyError, Diagnostic
 
@@ -24,9 +25,8 @@ def enable() -> None:
     """Let megatron-core run in this process on the CPU. For the life of the process, and a second call does nothing.
 
     `torch.cuda`'s streams, events, random state and current device become the CPU's, a `device="cuda"` given to a
-    function that makes tensors means the CPU, and `Tensor.cuda()` gives the tensor itself. Other libraries look at
-    these too: load a Hugging Face model by `from_pretrained` before. Raises `ApplyError` (GP901)
-    where a GPU is there, since all that would be wrong then.
+    function that makes tensors means the CPU, and `Tensor.cuda()` gives the tensor itself; `with torch.device("meta")`
+    means what it meant. Raises `ApplyError` (GP901) where a GPU is there, since all that would be wrong then.
     """
     global _enabled
     if _enabled:
@@ -124,6 +124,8 @@ _FACTORIES = (
 
 
 def _factories() -> None:
+    # `with torch.device(...)` knows functions by identity, from when it first looks: these, not what stands for them.
+    _device_constructors()
     for name in _FACTORIES.split():
         _put(torch, name, _on_the_cpu(getattr(torch, name)))
 

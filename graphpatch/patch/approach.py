@@ -14,9 +14,12 @@ from .original import originals
 
 def refuse_unknown(changes: Sequence[Change], root: nn.Module, paths: Sequence[str]) -> None:
     """Raise `ApplyError` (GP595) where such a weight is not at hand; nothing has changed yet."""
+    approaching = list(_approaching(changes))
+    if not approaching:
+        return
     known = {module for module, _ in originals(root)}
     known |= {id(module) for change in changes if isinstance(change, WeightChange) for module in change.modules}
-    for change in _approaching(changes):
+    for change in approaching:
         for node, module in zip(change.nodes, change.modules):
             if id(module) not in known:
                 raise ApplyError(
@@ -31,8 +34,9 @@ def refuse_unknown(changes: Sequence[Change], root: nn.Module, paths: Sequence[s
 
 def approach(changes: Sequence[Change], root: nn.Module) -> None:
     """Fill them, now that the weights are quantised and their originals not yet let go."""
-    before = originals(root)
-    for change in _approaching(changes):
+    approaching = list(_approaching(changes))
+    before = originals(root) if approaching else {}
+    for change in approaching:
         for module in change.modules:
             original = before[id(module), "weight"]
             if not original.is_meta:

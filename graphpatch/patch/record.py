@@ -130,5 +130,14 @@ def journals_of(module: nn.Module) -> list[Journal]:
 
 
 def roots(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules in and below `model` that were the root of an apply."""
-    return (module for module in model.modules() if JOURNALS in module.__dict__)
+    """The modules in and below `model` that were the root of an apply, in the order of `model.modules()`, which passes
+    each module on through all the levels above it, and is too slow for what every apply asks several times."""
+    seen: set[int] = set()
+    ahead = [model]
+    while ahead:
+        module = ahead.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            if JOURNALS in module.__dict__:
+                yield module
+            ahead.extend(child for child in reversed(module._modules.values()) if child is not None)

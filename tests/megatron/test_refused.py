@@ -1,0 +1,62 @@
+"""What a megatron-core config or layer does itself is not done again by a rule, nor behind its back."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import make_dataclass
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+import graphpatch
+
+from .models import gpt
+from .pool import one
+
+ATTENTION = "patch core_attention with "
+
+
+def told(rules: str, said: dict[str, Any], moved: bool) -> tuple[str, bool, bool]:
+    """What applying says, of a model whose config says something more; whether the model is what it was, and whether
+    it is taken when its config no longer says so."""
+    model = gpt()
+    # Fields that later releases have.
+    fields = [(name, Any, None) for name in said]
+    model.config.__class__ = make_dataclass("TransformerConfig", fields, bases=(type(model.config),))
+    for name, value in said.items():
+        setattr(model.config, name, value)
+    if moved:
+        for layer in model.decoder.layers:
+            core = layer.self_attention.core_attention
+            core.__class__ = type("TEDotProductAttention", (DotProductAttention,), {"__module__": EXTENSIONS})
+    classes = [type(module) for module in model.modules()]
+    before = copy.deepcopy(dict(model.named_parameters()))
+    with pytest.raises(graphpatch.Error) as raised:
+        graphpatch.apply(model, graphpatch.parse(rules))
+    after = dict(model.named_parameters())
+    same = classes == [type(module) for module in model.modules()] and before.keys() == after.keys()
+    same = same and all(torch.equal(before[key], after[key]) for key in before)
+    fresh = gpt()
+    patch = graphpatch.apply(fresh, graphpatch.parse(rules))
+    return str(raised.value), same, bool(patch)
+
+
+EXTENSIONS = "megatron.core.extensions.transformer_engine"
+
+
+@pytest.mark.parametrize(
+    ("code", "rules", "said", "moved"),
+    [
+        ("GP465", ATTENTION + "softcap.attention(5.0)", {"attn_logit_softcapping": 30.0}, False),
+        ("GP951", ATTENTION + "attention.scale(0.5)", {"use_mup": True}, False),
+        ("GP951", "patch embedding with scale.output(8.0)", {"use_mup": True}, False),
+        ("GP951", "patch output_layer with softcap.output(30.0)", {"use_mup": True}, False),
+        ("GP951", ATTENTION + "softcap.attention(5.0)", {"gtp_weight_size": 2}, False),
+        ("GP950", ATTENTION + "softcap.attention(5.0)", {}, True),
+    ],
+)
+def test_it_is_refused_and_nothing_has_changed(code, rules, said, moved):
+    text, same, taken = one(told, rules, said, moved)
+    assert code in text and same and taken

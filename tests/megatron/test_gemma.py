@@ -92,6 +92,40 @@ def test_logits_padded_on_either_side(reference, ids, layout, sequence_parallel)
         torch.testing.assert_close(got[ids != 0], want, rtol=1e-5, atol=1e-5)
 
 
+def decoded(name: str, folder: str, ids: torch.Tensor, prompt: int) -> torch.Tensor:
+    """Logits of what follows a prompt, a token at a time with megatron's cache of keys and values."""
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    chunk, _ = made(name, folder, gather=True)
+    chunk.eval()
+    context = StaticInferenceContext(len(ids), ids.shape[1])
+    places = torch.arange(ids.shape[1]).expand(ids.shape)
+    found = []
+    with torch.no_grad():
+        for begin, end in [(0, prompt), *((at, at + 1) for at in range(prompt, ids.shape[1]))]:
+            mask = hidden(ids[:, :end]) if begin == 0 else None
+            options = {"inference_context": context, "runtime_gather_output": True}
+            found.append(chunk(ids[:, begin:end], places[:, begin:end], mask, **options)[:, -1])
+            context.increment_sequence_len_offset(end - begin)
+            context.enable_decode_mode()
+    return torch.stack(found, 1)
+
+
+@pytest.mark.parametrize("layout", [{}, {"tp": 2}], ids=str)
+def test_logits_a_token_at_a_time_past_the_window(reference, layout):
+    name, model, folder = reference
+    ids = torch.randint(1, 90, (2, 20), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        want, cache = [], None
+        for step in (ids[:, :6], *ids[:, 6:].split(1, 1)):
+            output = model(step, past_key_values=cache, use_cache=True)
+            want.append(output.logits[:, -1])
+            cache = output.past_key_values
+    want = torch.stack(want, 1)
+    for got in ranks(decoded, name, str(folder), ids, 6, **layout):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def expected(reference, tmp_path_factory) -> tuple[float, dict[str, torch.Tensor]]:
     """The loss, and the gradients under the names that they have in the GPTModel: loaded as if they were weights."""

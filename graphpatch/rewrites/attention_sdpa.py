@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..lang.diagnostics import ApplyError, Diagnostic
-from .attention import Attention, Wishes, allowed, as_bias, narrowed, scored
+from .attention import Attention, Wishes, allowed, narrowed, scored
 
 
 class SdpaAttention(Attention):
@@ -71,9 +71,8 @@ def attention(
     if enable_gqa and query.shape[-3] != key.shape[-3]:
         times = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(times, -3), value.repeat_interleave(times, -3)
-    bias = None if attn_mask is None else as_bias(attn_mask, query.dtype)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    scores = scored(query @ key.transpose(-2, -1), scale, wishes.cap, bias)
+    scores = scored(query @ key.transpose(-2, -1), scale, wishes.cap, attn_mask)
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     return F.dropout(weights, dropout_p, dropout_p > 0.0) @ value
 

@@ -159,8 +159,7 @@ def _capped_attention(
 
     groups = query.shape[1] // key.shape[1]
     products = torch.matmul(query, repeat_kv(key, groups).transpose(2, 3))
-    bias = None if mask is None else as_bias(mask, query.dtype)
-    scores = scored(products, query.shape[-1] ** -0.5 if scaling is None else scaling, cap, bias)
+    scores = scored(products, query.shape[-1] ** -0.5 if scaling is None else scaling, cap, mask)
     weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     output = torch.matmul(weights, repeat_kv(value, groups))

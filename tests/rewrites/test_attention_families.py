@@ -107,3 +107,16 @@ def test_causality_that_is_said_with_the_call_stays(rule):
     opened.append(model(IDS).last_hidden_state)
     assert torch.allclose(*opened, atol=1e-5)
     assert (opened[0][:, 0] - wanted[:, 0]).abs().max() > 1e-2
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot cap")
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_rows_of_padding_are_numbers_under_autocast(backend):
+    model = model_of("llama", backend)
+    ids = torch.cat([PADDING, IDS], 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = model(ids, attention_mask=(ids != 0).long()).logits
+        patch(model, f"{ATTENTION}softcap.attention(1000000.0)")
+        found = model(ids, attention_mask=(ids != 0).long()).logits
+    assert found.isfinite().all()
+    assert (found - wanted)[ids != 0].abs().max() < 0.05 * wanted.abs().max()

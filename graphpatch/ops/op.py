@@ -134,6 +134,10 @@ class Op(BaseModel):
         the bytes that each takes."""
         return {}
 
+    def drops(self, target: Target) -> tuple[str, ...]:
+        """The parameters of the target that are there no more, by name."""
+        return ()
+
     def named(self, adapter: str | None) -> Op:
         """The same op under the adapter name given to `apply`; only adapter ops care."""
         return self

@@ -15,6 +15,7 @@ _BUILT_IN = {
     "attention.causal": "graphpatch.ops.attention_window",
     "attention.scale": "graphpatch.ops.attention_scale",
     "attention.window": "graphpatch.ops.attention_window",
+    "bias.drop": "graphpatch.ops.bias_drop",
     "cast": "graphpatch.ops.cast",
     "checkpoint": "graphpatch.ops.checkpoint",
     "compile": "graphpatch.ops.compile",

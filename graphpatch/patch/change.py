@@ -16,6 +16,8 @@ from torch import nn
 from ..tree.tree import Mark
 from .record import put_record, record_of
 
+_COMPUTED_IN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 
 class Change(Protocol):
     """Something done to some modules, which stand in the tree at `nodes`."""
@@ -129,6 +131,57 @@ class WeightChange:
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a file has the result, and makes nothing any more.
         return {**self.__dict__, "values": None}
+
+
+@dataclass(eq=False)
+class DropChange:
+    """Parameters that are there no more. Each module's record keeps its own, for the way back."""
+
+    mark: Mark
+    nodes: list[int]
+    modules: list[nn.Module]
+    names: tuple[str, ...]
+
+    def do(self) -> None:
+        for module in self.modules:
+            before, held = record_of(module), module.__dict__["_parameters"]
+            gone = {name: held[name] for name in self.names}
+            dropped = {**before.dropped, **gone}
+            put_record(module, replace(before, marks=(*before.marks, self.mark), dropped=dropped))
+            held.update(dict.fromkeys(gone))
+
+    def undo(self) -> None:
+        for module in self.modules:
+            before = record_of(module)
+            if self.mark in before.marks:
+                self._put_back(module)
+                kept = {name: p for name, p in before.dropped.items() if name not in self.names}
+                put_record(module, replace(before.without(self.mark), dropped=kept))
+
+    def _put_back(self, module: nn.Module) -> None:
+        held, dropped = module.__dict__["_parameters"], record_of(module).dropped
+        beside = next((p for p in held.values() if p is not None), None)
+        for name in self.names:
+            parameter = dropped[name]
+            if beside is not None:
+                # The model was moved, cast or filled meanwhile.
+                dtype = beside.dtype if beside.dtype in _COMPUTED_IN else parameter.dtype
+                if parameter.is_meta and not beside.is_meta:
+                    empty = torch.empty(parameter.shape, device=beside.device, dtype=dtype)
+                    parameter = nn.Parameter(empty, parameter.requires_grad)
+                else:
+                    parameter.data = parameter.data.to(beside.device, dtype)
+            held[name] = parameter
+
+    @contextmanager
+    def switched_off(self) -> Iterator[None]:
+        try:
+            for module in self.modules:
+                self._put_back(module)
+            yield
+        finally:
+            for module in self.modules:
+                module.__dict__["_parameters"].update(dict.fromkeys(self.names))
 
 
 @dataclass(eq=False)

@@ -13,7 +13,7 @@ from ..rewrites.rewrite import overrides
 from ..tree.tree import Tree
 from .change import Change
 from .in_place import InPlaceChange
-from .record import Journal
+from .record import Journal, record_of
 
 Flag = tuple[nn.Module, str, bool]
 """A parameter, by its module and name there, and whether it required grad before."""
@@ -99,6 +99,8 @@ def restore_flags(journal: Journal, later: Iterable[Journal]) -> None:
             ]
     for module, name, before in reversed(journal.flags):
         parameter = module.__dict__["_parameters"].get(name)
+        if parameter is None:  # taken away by a later patch, which may give it back
+            parameter = record_of(module).dropped.get(name)
         if parameter is not None and (id(module), name) in waiting:
             parameter.requires_grad = before
 

@@ -15,9 +15,9 @@ from ..lang.diagnostics import ApplyError, Diagnostic, Error
 from ..ops.op import Refusal
 from ..plan.freeze import FREEZE, LEAVE, TRAIN, Grads
 from ..rewrites.quantised import is_quantised
-from ..rewrites.rewrite import Attributes, InPlace, Replacement, Weights, overrides
+from ..rewrites.rewrite import Attributes, InPlace, Removal, Replacement, Weights, overrides
 from ..tree.tree import Mark, Signature, Tree
-from .change import AttributeChange, Change, ModuleChange, WeightChange
+from .change import AttributeChange, Change, DropChange, ModuleChange, WeightChange
 from .config_change import ConfigChange
 from .drift import drifted
 from .fast_path import FastPathChange
@@ -68,6 +68,9 @@ class Preflight:
                 changes.append(self._attributes(step, rewrite, mark))
             elif issubclass(rewrite, Weights):
                 changes.append(self._weights(step, rewrite, mark))
+            elif issubclass(rewrite, Removal):
+                modules = [self.modules[node] for node in step.nodes]
+                changes.append(DropChange(mark, step.nodes, modules, step.drops))
             elif issubclass(rewrite, Replacement):
                 changes += self._replacement(step, rewrite, mark)
             else:

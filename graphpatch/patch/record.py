@@ -49,6 +49,8 @@ class Record:
     """In the order in which they came: switched off and on again, each is back in its place of the sum."""
     attributes: Mapping[str, Any] = field(default_factory=dict)
     """Attributes that patches changed: their original values."""
+    dropped: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    """The parameters that patches took away, by name."""
     original: nn.Module | None = None
     """The module that stood here, where a patch put another in its place."""
 
@@ -71,7 +73,7 @@ class Record:
         return replace(self, held=tuple(h for h in self.held if not (h.mixin is mixin and h.entry == entry)))
 
     def __bool__(self) -> bool:
-        return bool(self.marks or self.added or self.attributes or self.original is not None)
+        return bool(self.marks or self.added or self.attributes or self.dropped or self.original is not None)
 
 
 EMPTY = Record()

@@ -128,7 +128,7 @@ def steps(tree: Tree, draft: Draft, findings: list[Diagnostic]) -> list[Step]:
             continue
         merged[alike] = Step(
             op, draft.rule.where, draft.rule.label, carriers, parameter, rewrite, adds,
-            target.seat.cls or "?", op.after(target), op.represents(target),
+            target.seat.cls or "?", op.after(target), op.represents(target), op.drops(target),
         )  # fmt: skip
     for step in merged.values():
         step.nodes.sort()

@@ -158,8 +158,13 @@ def represented_by(steps: Iterable[Step]) -> set[Parameter]:
     return {(node, name) for step in steps for name in step.represents for node in step.nodes}
 
 
-def count_trainable(tree: Tree, grads: Grads | None, added: Added, quantised: Collection[Parameter] = ()) -> int:
-    """Trainable elements of the patched model, tied parameters once; those that are `quantised` never train."""
+def dropped_by(steps: Iterable[Step]) -> set[Parameter]:
+    """The parameters that are there no more."""
+    return {(node, name) for step in steps for name in step.drops for node in step.nodes}
+
+
+def count_trainable(tree: Tree, grads: Grads | None, added: Added, still: Collection[Parameter] = ()) -> int:
+    """Trainable elements of the patched model, tied parameters once; those that are `still` never train."""
     grads = grads or Grads(bytearray(len(tree)), bytearray(len(tree)))
     aliases = {alias for alias, _ in tree.ties}
     total = 0
@@ -179,7 +184,7 @@ def count_trainable(tree: Tree, grads: Grads | None, added: Added, quantised: Co
     for node, name in aliases:
         tensor = tree.signature(node).parameters[name]
         total -= tensor.numel * _trains(grads.of((node, name), new=False), tensor)
-    for node, name in quantised:
+    for node, name in still:
         tensor = tree.signature(node).parameters[name]
         total -= tensor.numel * _trains(grads.of((node, name), new=False), tensor)
     return total

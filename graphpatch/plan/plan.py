@@ -63,6 +63,8 @@ class Step:
     """The class before and after, as the plan shows it."""
     represents: Mapping[str, int] = field(default_factory=dict)
     """The parameters of each node that are kept in another way, with the bytes each takes."""
+    drops: tuple[str, ...] = ()
+    """The parameters of each node that are there no more."""
 
     def targets(self) -> Sequence[int | Parameter]:
         return [(n, self.parameter) for n in self.nodes] if self.parameter else self.nodes
@@ -273,10 +275,12 @@ class Totals(NamedTuple):
     bytes_dense: int = 0
     bytes_kept: int = 0
     """Of those before, what stays in memory beside."""
+    parameters_dropped: int = 0
+    keys_dropped: int = 0
 
     @property
     def parameters_after(self) -> int:
-        return self.parameters_before + self.parameters_added
+        return self.parameters_before + self.parameters_added - self.parameters_dropped
 
     @property
     def share(self) -> float:

@@ -19,6 +19,7 @@ from .freeze import (
     added_by,
     count_trainable,
     decide,
+    dropped_by,
     elements_in,
     freeze_scope,
     represented_by,
@@ -64,7 +65,8 @@ def make_plan(rules: RuleSet, tree: Tree, adapter: str | None = None, allow_impo
     _refuse(rules, findings)
     totals = _totals(tree, fresh, already, added, grads)
     warnings = [f for f in findings if f.severity != "error"]
-    if grads is None and added and any(t.trainable for s in tree.signatures for t in s.parameters.values()):
+    adapters = any("adapter" in type(step.op).model_fields for step in fresh + already)
+    if grads is None and adapters and any(t.trainable for s in tree.signatures for t in s.parameters.values()):
         warnings.append(_base_trains(rules))
     return Plan(
         rules=rules,
@@ -162,7 +164,7 @@ def _occupied(tree: Tree, step: Step, nodes: Sequence[int]) -> Diagnostic:
 def _base_trains(rules: RuleSet) -> Diagnostic:
     return Diagnostic(
         "GP420",
-        f"{rules.name} adds parameters and freezes nothing, so the base trains too",
+        f"{rules.name} adds adapters and freezes nothing, so the base trains too",
         fixes=("`freeze ** except @new` trains what was added and nothing else",),
         severity="warning",
     )
@@ -202,9 +204,19 @@ def _parameters_in(tree: Tree, scope: Scope, added: Added) -> Iterable[Parameter
 def _refuse_to_train(
     tree: Tree, steps: Sequence[Step], reached: Sequence[Reach], scopes: Sequence[Scope]
 ) -> Iterable[Diagnostic]:
-    """A quantised weight that a `train` names itself; one that names the module passes over it, as over integers."""
-    quantised = represented_by(steps)
+    """A quantised weight that a `train` names itself, one that names the module passes over it, as over integers; and a
+    `train` that names nothing but what is not there any more."""
+    quantised, dropped = represented_by(steps), dropped_by(steps)
     for one, scope in zip(reached, scopes, strict=True):
+        if scope.trainable and scope.hits.parameters and not scope.hits.intervals and scope.hits.parameters <= dropped:
+            path = tree.parameter_paths(min(scope.hits.parameters))[0]
+            yield one.rule.scope.finding(
+                "GP464",
+                f"`{path}` is dropped by these rules, and cannot be trained",
+                one.rule.statement.span,
+                "it will not be there",
+                ("leave this `train` out",),
+            )
         named = sorted(scope.hits.parameters & quantised) if scope.trainable else []
         if named:
             path = tree.parameter_paths(named[0])[0]
@@ -221,7 +233,7 @@ def _refuse_to_train(
 
 
 def _totals(tree: Tree, fresh: Sequence[Step], already: Sequence[Step], added: Added, grads: Grads | None) -> Totals:
-    keys = moved = elements = size = quantised = dense = kept = 0
+    keys = moved = elements = size = quantised = dense = kept = dropped = keys_dropped = 0
     for step in fresh:
         times = len(step.nodes)
         keys += times * len(step.adds)
@@ -232,21 +244,26 @@ def _totals(tree: Tree, fresh: Sequence[Step], already: Sequence[Step], added: A
             quantised += times * bytes_then
             dense += times * tensor.numel * _BYTES.get(tensor.dtype, 1)
             kept += times * tensor.numel * _BYTES.get(tensor.dtype, 1) * getattr(step.op, "keep", False)
+        dropped += _gone(tree, step)
+        keys_dropped += times * len(step.drops)
         if step.op.exclusive:
             moved += sum(_keys_below(tree, node) for node in step.nodes)
+    everything = [*fresh, *already]
     return Totals(
         rewritten=_places(fresh, "~"),
         replaced=_places(fresh, "-/+"),
         added_modules=_places(fresh, "+"),
-        parameters_before=tree.numel() + sum(_elements(step) for step in already),
+        parameters_before=tree.numel() + sum(_elements(step) - _gone(tree, step) for step in already),
         parameters_added=elements,
         bytes_added=size,
-        trainable=count_trainable(tree, grads, added, represented_by([*fresh, *already])),
+        trainable=count_trainable(tree, grads, added, represented_by(everything) | dropped_by(everything)),
         keys_added=keys,
         keys_moved=moved,
         bytes_quantised=quantised,
         bytes_dense=dense,
         bytes_kept=kept,
+        parameters_dropped=dropped,
+        keys_dropped=keys_dropped,
     )
 
 
@@ -257,6 +274,10 @@ def _places(steps: Sequence[Step], symbol: str) -> int:
 
 def _elements(step: Step) -> int:
     return len(step.nodes) * sum(t.numel for t in step.adds.values() if not t.buffer)
+
+
+def _gone(tree: Tree, step: Step) -> int:
+    return len(step.nodes) * sum(tree.signature(step.nodes[0]).parameters[name].numel for name in step.drops)
 
 
 def _keys_below(tree: Tree, node: int) -> int:

@@ -70,6 +70,7 @@ class _Change:
     nodes: list[int] = field(default_factory=list)
     parameters: list[Parameter] = field(default_factory=list)
     gain: int = 0
+    loss: int = 0
 
 
 def _by_rule(plan: Plan) -> Mapping[str, Sequence[_Change]]:
@@ -85,6 +86,7 @@ def _by_rule(plan: Plan) -> Mapping[str, Sequence[_Change]]:
             else:
                 change.nodes += step.nodes
             change.gain += len(step.nodes) * sum(t.numel for t in step.adds.values())
+            change.loss += sum(plan.tree.signature(n).parameters[name].numel for name in step.drops for n in step.nodes)
     return {rule: list(changes.values()) for rule, changes in found.items()}
 
 
@@ -104,7 +106,7 @@ def _change_rows(tree: Tree, change: _Change, verbose: bool) -> Iterable[_Row]:
     else:
         paths = compress(tree, nodes, parameters)
     for at, path in enumerate(paths):
-        gain = f"+{amount(change.gain)}" if change.gain else ""
+        gain = f"+{amount(change.gain)}" if change.gain else f"-{amount(change.loss)}" if change.loss else ""
         right = f"{change.what:<26} {gain}" if at == 0 else ""
         yield _Row(f"  {change.symbol} {path}", right, _PAINT[change.symbol])
 
@@ -112,10 +114,11 @@ def _change_rows(tree: Tree, change: _Change, verbose: bool) -> Iterable[_Row]:
 def _summary(plan: Plan, paint: Any) -> Iterable[str]:
     totals = plan.totals
     standing = f", {sum(len(s.nodes) for s in plan.already)} already applied" if plan.already else ""
+    dropped = f"{totals.keys_dropped} dropped, " if totals.keys_dropped else ""
     yield paint(
         f"Plan: {totals.rewritten} to rewrite, {totals.replaced} to replace, {totals.added_modules} to add{standing}. "
         f"Trainable {amount(totals.trainable)} of {amount(totals.parameters_after)} ({_percent(totals.share)}). "
-        f"Checkpoint: {totals.keys_added} keys added, {totals.keys_moved} moved.",
+        f"Checkpoint: {totals.keys_added} keys added, {dropped}{totals.keys_moved} moved.",
         _BOLD,
     )
     memory = f"Memory: +{_bytes(totals.bytes_added)} of parameters." if totals.bytes_added else ""

@@ -1,4 +1,4 @@
-"""The four ways in which a module can be changed. A rewrite says how; the patch room does it, and undoes it."""
+"""The five ways in which a module can be changed. A rewrite says how; the patch room does it, and undoes it."""
 
 from __future__ import annotations
 
@@ -175,6 +175,11 @@ class Weights:
     def keeps(op: Op) -> bool:
         """Whether the originals stay in memory, so that there is a way back."""
         return True
+
+
+class Removal:
+    """Parameters are taken away, those that the op says (`Op.drops`): None stands in their place, as in a module that
+    was built without them. Name, class and forward stay."""
 
 
 class Replacement:

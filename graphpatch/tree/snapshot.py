@@ -140,6 +140,8 @@ class _Walk:
             own = entries["_parameters"]
             if own:
                 for own_name, tensor in own.items():
+                    if tensor is None and record is not None:
+                        tensor = record.dropped.get(own_name)
                     if tensor is None:
                         if record is None or own_name not in record.added:
                             tensors += (own_name,)
@@ -343,6 +345,7 @@ class _Record:
         self.marks = marks
         self.added: Any = inner.added if inner else frozenset()
         self.attributes: dict[str, Any] = inner.attributes if inner else {}
+        self.dropped: dict[str, Any] = inner.dropped if inner else {}
 
 
 class _Indices(dict[str, int]):

@@ -23,6 +23,7 @@ CASES = {
     "attention.causal": "patch self_attn with attention.causal(false)",
     "attention.scale": "patch self_attn with attention.scale(by=0.5)",
     "attention.window": "patch self_attn with attention.window(3)",
+    "bias.drop": "patch {q,k}_proj with bias.drop()",
     "cast": 'patch mlp with cast("float64")',
     "checkpoint": "patch layers[*] with checkpoint()",
     "compile": 'patch mlp with compile(backend="eager")',
@@ -64,8 +65,12 @@ def made() -> Any:
     config = LlamaConfig(
         hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, vocab_size=64,
         num_hidden_layers=3, tie_word_embeddings=True, pad_token_id=0, attn_implementation="eager",
+        attention_bias=True,
     )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config).eval()
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.q_proj.bias)
+    return model
 
 
 def outputs(model: Any) -> list[torch.Tensor]:

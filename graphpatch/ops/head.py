@@ -9,6 +9,7 @@ from pydantic import Field
 
 from ..tree.tree import Signature, Tensor
 from .arguments import Count, Text
+from .norm import WIDTHS
 from .op import Op, Refusal, Target
 
 Init = Literal["normal", "zeros"]
@@ -16,7 +17,7 @@ Pool = Literal["last", "mean", "cls", "max", "pooler"]
 
 _MODEL = "transformers.modeling_utils.PreTrainedModel"
 _LINEAR = "torch.nn.modules.linear.Linear"
-_WIDTHS = ("word_embed_proj_dim", "hidden_size", "d_model", "n_embd", "dim", "embed_dim")
+_WIDTHS = ("word_embed_proj_dim", *WIDTHS)
 """What a config calls the width of a model's last hidden states; OPT projects them first."""
 
 

@@ -11,7 +11,8 @@ Kind = Literal["rms", "layer"]
 
 _EPSILONS = ("eps", "variance_epsilon", "epsilon", "layer_norm_eps", "layer_norm_epsilon")
 _IN_CONFIG = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "norm_eps", "norm_epsilon")
-_WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim")
+WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim")
+"""What configs call the number of features of a model."""
 
 
 def own_epsilon(attributes: Mapping[str, Any]) -> float | None:
@@ -34,7 +35,7 @@ def width(target: Target, say: str) -> int:
     for name in ("out_features", "embedding_dim", "output_size"):
         if _is_count(attributes.get(name)):
             return int(attributes[name])  # type: ignore[arg-type]
-    for name in _WIDTHS:
+    for name in WIDTHS:
         if _is_count(config.get(name)):
             return int(config[name])
     raise Refusal(

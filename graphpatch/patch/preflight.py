@@ -259,10 +259,13 @@ class Preflight:
             new.append(made)
         places = self._places(step.nodes)
         changes: list[Change] = [ModuleChange(mark, step.nodes, originals, new, places)]
-        for node, module in zip(step.nodes, originals):
+        for at, (node, module) in enumerate(zip(step.nodes, originals)):
             around = self._configured(node)
             if around is not None:
-                values = rewrite.config_values(step.op, module, around.__dict__["config"])
+                try:
+                    values = rewrite.config_values(step.op, module, around.__dict__["config"])
+                except Refusal as refusal:
+                    raise self._refused(step, at, refusal) from None
                 changes.append(ConfigChange(mark, around, values))
         return changes
 

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 from torch import Tensor, nn
 
-from .head_transformers import OnTransformers
+from ..lang.diagnostics import ApplyError, Diagnostic
+from .head_transformers import OnTransformers, body_of
 from .rewrite import InPlace
 
 
@@ -39,21 +40,45 @@ class WithStates(OnTransformers):
 
     @classmethod
     def companions(cls, entry: Any, module: nn.Module) -> Iterable[tuple[nn.Module, type[InPlace], Any]]:
-        body = cast(nn.Module, module.base_model)
-        return [] if body is module else [(body, Keeping, Keep(f"{cls.entries}_states"))]
+        keep = Keep(f"{cls.entries}_states")
+        return [(body, Keeping, keep) for body in _bodies(module)]
 
     def with_states(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Tensor, bool]:
         """The output, the last hidden states (B x S x H), and whether the caller wants a tuple."""
         given = self.named(args, kwargs)
         said = given.pop("return_dict", None)
         as_tuple = said is False or (said is None and cast(Any, self.config).return_dict is False)
-        body, name = cast(nn.Module, self.base_model), f"{self.entries}_states"
-        if body is not self:
+        bodies, name = _bodies(self), f"{self.entries}_states"
+        for body in bodies:
             setattr(body, name, None)
         try:
             output = super().forward(**given, return_dict=True)
-            states = output.last_hidden_state if body is self else getattr(body, name)
+            kept = [getattr(body, name) for body in bodies]
         finally:
-            if name in body.__dict__:
-                delattr(body, name)
+            for body in bodies:
+                body.__dict__.pop(name, None)
+        states = output.last_hidden_state if not bodies else next((one for one in kept if one is not None), None)
+        if states is None:
+            raise _uncalled(self, bodies)
         return output, states, as_tuple
+
+
+def _bodies(model: nn.Module) -> list[nn.Module]:
+    """What puts out the last hidden states: the model's body, and the decoder in it where that is the one model there,
+    which OPT calls past its body. None for a bare encoder."""
+    body = body_of(model)
+    if body is model:
+        return []
+    inner = [child for child in body.children() if hasattr(child, "base_model")]
+    return [body, *inner] if len(inner) == 1 else [body]
+
+
+def _uncalled(model: nn.Module, bodies: list[nn.Module]) -> ApplyError:
+    names = " or ".join(type(body).__name__ for body in bodies)
+    return ApplyError(
+        Diagnostic(
+            "GP576",
+            f"{type(model).__name__} did not call its {names}, so its last hidden states are not known",
+            fixes=("put the head on the body by itself: apply the rules to model.base_model",),
+        )
+    )

@@ -29,7 +29,7 @@ class OnTransformers(OnModel):
 
     def body(self, given: Mapping[str, Any]) -> Any:
         """The output of the model without its head, for the arguments of a call."""
-        base = cast(nn.Module, self.base_model)
+        base = body_of(self)
         call = super().forward if base is self else base
         return call(**{k: v for k, v in given.items() if k not in _OF_THE_HEAD}, return_dict=True)
 
@@ -50,13 +50,22 @@ class OnTransformers(OnModel):
         return real
 
 
+def body_of(model: nn.Module) -> nn.Module:
+    """The model without its head, itself where it has none. Transformers' `base_model`, but for Llama 4, whose is the
+    model with the head."""
+    body = cast(nn.Module, model.base_model)
+    inner = [child for child in model.children() if hasattr(child, "base_model")]
+    headed = body is model and model.get_output_embeddings() is not None  # type: ignore[operator]
+    return inner[0] if headed and len(inner) == 1 else body
+
+
 _OF_THE_HEAD = {"labels", "logits_to_keep", "num_items_in_batch", "return_dict", "shift_labels"}
 """Arguments that a model with a head takes, and that its body does not."""
 
 
 def check_pooler(pool: str, module: nn.Module) -> None:
     """Raise `Refusal` (GP575) where a pooler is to be read that the model has not."""
-    body = module.base_model
+    body = body_of(module)
     if pool == "pooler" and getattr(body, "pooler", None) is None:
         raise Refusal(
             f"{type(body).__name__} was built without a pooler",

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..ops.layers_drop import LayersDrop
 from ..ops.op import Op, Refusal
-from .layer_lists import of_layers
+from .layer_lists import PLACES, of_layers, places, refuse_computed
 from .rewrite import InPlace
 
 
@@ -33,6 +33,7 @@ class Kept(NamedTuple):
 
 
 class Place(NamedTuple):
+    name: str
     at: int
     text: str = ""
 
@@ -65,13 +66,21 @@ class Renumbered(InPlace):
     entries: ClassVar[str] = "_layer_place"
     _layer_place: tuple[Place, ...] = ()
 
-    @property
-    def layer_idx(self) -> int:
-        return self._layer_place[-1].at if self._layer_place else self.__dict__["layer_idx"]
 
-    @layer_idx.setter
-    def layer_idx(self, value: int) -> None:
-        self.__dict__["layer_idx"] = value
+def _numbered(name: str) -> property:
+    """The attribute of that name, which stays in the module's `__dict__` as it was."""
+
+    def read(self: Renumbered) -> Any:
+        own = self.__dict__
+        if name not in own:
+            raise AttributeError(name)
+        return next((place.at for place in reversed(self._layer_place) if place.name == name), own[name])
+
+    return property(read, lambda self, value: self.__dict__.__setitem__(name, value))
+
+
+for _name in PLACES:
+    setattr(Renumbered, _name, _numbered(_name))
 
 
 class LayersDropped(InPlace):
@@ -97,6 +106,7 @@ class LayersDropped(InPlace):
             raise Refusal("no layer would be left", code="GP580")
         if len({index % number for index in entry.indices}) < len(entry.indices):
             raise Refusal("a layer is named twice, from either end", code="GP580")
+        refuse_computed(module.__dict__.get("config"), number, entry.kept(module), "GP580")
 
     @classmethod
     def config_values(cls, entry: Without, module: nn.Module) -> Mapping[str, Any]:
@@ -109,6 +119,5 @@ class LayersDropped(InPlace):
         yield layers, Skipping, Kept(kept)
         held = list(layers._modules.values())
         for place, index in enumerate(kept):
-            for part in cast(nn.Module, held[index]).modules():
-                if part.__dict__.get("layer_idx") == index != place:
-                    yield part, Renumbered, Place(place)
+            for part, name in places(cast(nn.Module, held[index]), index) if index != place else ():
+                yield part, Renumbered, Place(name, place)

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..ops.layers_repeat import LayersRepeat
 from ..ops.op import Op, Refusal
-from .layer_lists import of_layers
+from .layer_lists import of_layers, places, refuse_computed
 from .rewrite import Replacement
 
 
@@ -42,7 +42,9 @@ class LayersRepeated(Replacement):
 
     @staticmethod
     def config_values(op: Op, module: nn.Module, config: Any) -> Mapping[str, Any]:
-        return of_layers(config, len(module._modules), cast(LayersRepeat, op).sources)
+        number, sources = len(module._modules), cast(LayersRepeat, op).sources
+        refuse_computed(config, number, sources, "GP581")
+        return of_layers(config, number, sources)
 
 
 def _again(layer: nn.Module, index: int, place: int, share: bool) -> nn.Module:
@@ -54,7 +56,6 @@ def _again(layer: nn.Module, index: int, place: int, share: bool) -> nn.Module:
     if share:
         kept.update((id(tensor), tensor) for tensor in (*layer.parameters(), *layer.buffers()))
     made = copy.deepcopy(layer, kept)
-    for part in made.modules():
-        if part.__dict__.get("layer_idx") == index:
-            part.__dict__["layer_idx"] = place
+    for part, name in list(places(made, index)):
+        part.__dict__[name] = place
     return made

@@ -192,7 +192,8 @@ class Replacement:
 
     @staticmethod
     def config_values(op: Op, module: nn.Module, config: Any) -> Mapping[str, Any]:
-        """What the `config` of the model around `module` says otherwise while the new module is there."""
+        """What the `config` of the model around `module` says otherwise while the new module is there. Raises `Refusal`
+        where it cannot say that."""
         return {}
 
     @staticmethod

@@ -225,3 +225,41 @@ def test_adapters_on_the_model_are_no_part_of_its_checkpoint(tmp_path):
     back = load_file(tmp_path / "model.safetensors")
     assert back.keys() == theirs().keys() - {"rotary.inv_freq"}
     assert all(torch.equal(value, theirs()[key]) for key, value in back.items())
+
+
+def test_a_model_on_the_meta_device_is_filled_or_left():
+    class Saved(nn.Module):
+        def __init__(self, saved: bool = True) -> None:
+            super().__init__()
+            self.a, self.head = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False, dtype=torch.bfloat16)
+            self.foot = nn.Linear(2, 2, bias=False)
+            self.foot.weight = self.a.weight
+            self.head.weight.mark = 7
+            self.head.requires_grad_(False)
+            self.register_buffer("count", torch.tensor(3), persistent=saved)
+
+    given = {"z": torch.randn(2, 2), "head.weight": torch.randn(2, 2), "count": torch.tensor(5)}
+    with torch.device("meta"):
+        model, half, adapted = Saved(), Saved(saved=False), Saved()
+    made = patch(model, "patch a with softcap.output(2.0)\nmap z -> a.weight")
+    graphpatch.load_weights(made, given)
+    assert torch.equal(model.a.weight, given["z"]) and model.foot.weight is model.a.weight
+    assert torch.equal(model.head.weight, given["head.weight"].bfloat16())
+    assert not model.head.weight.requires_grad and model.a.weight.requires_grad
+    assert model.head.weight.mark == 7 and model.count == 5
+    model.a(given["z"]).sum().backward()
+    assert model.a.weight.grad is not None
+    made.revert()
+    assert not any(t.is_meta for t in model.state_dict().values()) and given["z"].grad is None
+
+    made = patch(half, "patch a with softcap.output(2.0)\nmap z -> a.weight\nmap count -> none")
+    with pytest.raises(graphpatch.Error, match="`count` is on the meta device, and a checkpoint has no values") as told:
+        graphpatch.load_weights(made, given)
+    assert told.value.code == "GP616"
+    assert all(t.is_meta for t in (*half.parameters(), *half.buffers()))
+
+    made = patch(adapted, "patch a with softcap.output(2.0)\nmap z -> a.weight")
+    patch(adapted, "patch head with lora(rank=2)")
+    with pytest.raises(graphpatch.Error, match=r"GP616: `head\.lora_A`"):
+        graphpatch.load_weights(made, given)
+    assert all(p.is_meta for p in adapted.parameters())

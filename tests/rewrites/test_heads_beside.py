@@ -71,6 +71,28 @@ def test_a_value_on_a_bare_decoder_in_bfloat16() -> None:
     assert not torch.equal(dropped, output.value)
 
 
+def test_models_that_call_past_their_body() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128, "pad_token_id": 0}
+    opt = hf.OPTForCausalLM(hf.OPTConfig(**sizes, ffn_dim=48, word_embed_proj_dim=16))
+    moe = {"intermediate_size": 48, "intermediate_size_mlp": 48, "num_local_experts": 2, "head_dim": 8}
+    llama4 = hf.Llama4ForCausalLM(hf.Llama4TextConfig(**sizes, **moe, num_key_value_heads=2))
+    for model, body in ((opt, opt.model), (llama4, llama4.model)):
+        model.eval()
+        states = body(IDS, attention_mask=MASK).last_hidden_state
+        before = state(model)
+        made = patch(model, "patch ^ with head.value()")
+        summary = model.v_head.summary
+        assert torch.equal(
+            model(IDS, attention_mask=MASK).value, F.linear(states, summary.weight, summary.bias)[..., 0]
+        )
+        made.revert()
+        assert state(model) == before
+        patch(model, 'patch ^ with head.classify(labels=3, pool="mean")')
+        mean = (states * MASK[..., None]).sum(1) / MASK.sum(1, keepdim=True)
+        logits = F.linear(mean, model.score.weight)
+        assert torch.allclose(model(IDS, attention_mask=MASK).logits, logits, atol=1e-6)
+
+
 @pytest.mark.parametrize("pool", ["mean", "cls", "last", "max"])
 def test_an_embedding_beside_the_states(pool: str) -> None:
     model = bert("BertModel")

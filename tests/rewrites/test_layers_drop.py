@@ -17,8 +17,12 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
 )
 
 from ..patch.common import patch, refused, state
@@ -31,6 +35,10 @@ def made(kind: str, layers: int, **options: Any) -> Any:
     torch.manual_seed(layers)
     if kind == "gpt2":
         return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=layers, n_head=4, vocab_size=64)).eval()
+    if kind == "gpt_neo":  # whose attention calls its place `layer_id`
+        kinds = options.get("layer_types", [("global", "local")[i % 2] for i in range(layers)])
+        sizes = {"hidden_size": 32, "num_layers": layers, "num_heads": 4, "vocab_size": 64, "window_size": 4}
+        return GPTNeoForCausalLM(GPTNeoConfig(**sizes, attention_types=[[kinds, 1]])).eval()
     if kind == "bert":
         return BertForMaskedLM(BertConfig(**SIZES, num_hidden_layers=layers)).eval()
     sizes = {**SIZES, "num_key_value_heads": 2, "num_hidden_layers": layers, "head_dim": 8, **options}
@@ -52,11 +60,16 @@ def without(model: Any, small: Any, kept: list[int]) -> None:
     small.load_state_dict(found)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2", "bert"])
+def kinds_of(model: Any) -> list[str]:
+    """What each layer attends to, in a family with several kinds."""
+    return getattr(model.config, "layer_types", None) or model.config.attention_layers
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2", "gpt_neo", "bert"])
 def test_what_is_left_is_a_model_of_that_many_layers(kind):
     model = made(kind, 5)
     kept = [1, 2, 4]
-    options = {"layer_types": [model.config.layer_types[i] for i in kept]} if kind == "gemma2" else {}
+    options = {"layer_types": [kinds_of(model)[i] for i in kept]} if kind in ("gemma2", "gpt_neo") else {}
     small = made(kind, 3, **options)
     without(model, small, kept)
     before, plain, keys = state(model), model(IDS).logits, list(model.state_dict())
@@ -93,3 +106,15 @@ def test_containers_of_any_model():
     refused("GP410", model, "patch layers with layers.drop([1, 1])")
     refused("GP204", model, "patch layers with layers.drop([])")
     refused("GP410", model, "patch layers[0] with layers.drop([1])")
+
+
+def test_a_config_that_computes_the_kinds_of_layers_is_told():
+    sizes = {**SIZES, "num_hidden_layers": 6, "num_key_value_heads": 1, "lru_width": 32}
+    model = RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**sizes)).eval()
+    for op in ("layers.drop([1])", "layers.repeat([[0, 2], [1, 6]])"):
+        told = refused("GP580" if "drop" in op else "GP581", model, f"patch ^model.layers with {op}")
+        assert "computes `layers_block_type`" in told
+    patch(model, "patch ^model.layers with layers.drop([3, 4, 5])")
+    generation = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    cached = model.generate(IDS, **generation)
+    assert torch.equal(cached, model.generate(IDS, **generation, use_cache=False))

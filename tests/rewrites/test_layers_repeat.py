@@ -12,7 +12,7 @@ from torch import nn
 import graphpatch
 
 from ..patch.common import patch, refused, state
-from .test_layers_drop import IDS, made
+from .test_layers_drop import IDS, kinds_of, made
 
 SOURCES = [0, 1, 2, 1, 2, 3]
 RULE = "use roles\npatch @layers with layers.repeat(order=[[0, 3], [1, 4]]{})"
@@ -20,7 +20,7 @@ RULE = "use roles\npatch @layers with layers.repeat(order=[[0, 3], [1, 4]]{})"
 
 def deeper(model, kind):
     """Of six layers, with the weights of these."""
-    options = {"layer_types": [model.config.layer_types[i] for i in SOURCES]} if kind == "gemma2" else {}
+    options = {"layer_types": [kinds_of(model)[i] for i in SOURCES]} if kind in ("gemma2", "gpt_neo") else {}
     other = made(kind, len(SOURCES), **options)
     theirs, ours = other.state_dict(), model.state_dict()
     for key in theirs:
@@ -33,7 +33,7 @@ def deeper(model, kind):
 
 
 @pytest.mark.parametrize("share", [False, True])
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2", "bert"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2", "gpt_neo", "bert"])
 def test_as_built_by_hand(kind, share, tmp_path):
     model = made(kind, 4)
     original, before, other = copy.deepcopy(model), state(model), deeper(model, kind)

@@ -164,15 +164,21 @@ def test_gemma_2_itself_is_not_capped_again():
 
 
 @BOTH
-def test_on_the_meta_device_and_as_a_plan(name):
-    with torch.device("meta"):
-        empty = LlamaForCausalLM(LlamaConfig(**SIZES))
+def test_from_the_meta_device_and_the_familys_files_alone(name, tmp_path):
     wanted = family(name)
-    graphpatch.apply(empty, rules(name))
-    assert all(p.is_meta for p in empty.parameters())
-    rotary = type(empty.model.rotary_emb)(empty.config)  # its buffers are in no checkpoint
-    empty.model.rotary_emb = rotary
-    empty.load_state_dict({here(k, name): v for k, v in wanted.state_dict().items()}, assign=True)
-    empty.tie_weights()
-    empty.set_attn_implementation("eager")
-    assert torch.equal(empty.eval()(IDS).logits, wanted(IDS).logits)
+    wanted.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    model.set_attn_implementation("eager")
+    applied = graphpatch.apply(model, rules(name))
+    assert all(p.is_meta for p in model.parameters())
+    graphpatch.load_weights(applied, tmp_path)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    mine, theirs = model(IDS, labels=IDS), wanted(IDS, labels=IDS)
+    mine.loss.backward()
+    theirs.loss.backward()
+    assert torch.equal(mine.logits, theirs.logits)
+    grads = {here(path, name): p.grad for path, p in wanted.named_parameters()}
+    assert all(torch.equal(p.grad, grads[path]) for path, p in model.named_parameters())
+    adapter = patch(model, "patch q_proj with lora(rank=2)\nfreeze ** except @new")
+    assert {p.device.type for p in adapter.trainable_parameters()} == {"cpu"}

@@ -19,8 +19,9 @@ from ...plan.rules import maps_in_force
 from ...plan.scope import World
 from ..base_files import SINGLE, BaseFiles
 from ..disk import locked, sync, workshop
-from ..tensors import copied_out, journal_of, on_meta
+from ..tensors import copied_out, journal_of
 from .layouts import changed
+from .materialise import Places, fill_unsaved
 from .slots import Slot, held_by, slots_of
 
 
@@ -46,10 +47,12 @@ class Source(NamedTuple):
 def load_base(patch: Patch, source: str | PathLike[str] | Mapping[str, Any]) -> None:
     """Put a checkpoint's weights into the patched model, by the maps of the patch's rules: all that there are.
 
-    A tied weight is there under any of its names; buffers that the model does not save are none of it. Raises `Error`,
-    and nothing has changed: GP641 for files that cannot be read, GP660 for layouts, GP661 for missing and unexpected
-    keys, GP662 for shapes, GP664 for two values
-    of a tied weight; GP663 where reading failed half-way.
+    A tied weight is there under any of its names; buffers that the model does not save are none of it. A model on the
+    meta device gets memory where the values are.
+
+    Raises `Error`, and nothing has changed: GP641 for files that cannot be read, GP660 for layouts, GP661 for missing
+    and unexpected keys, GP662 for shapes, GP664 for two values of a tied weight, GP616 for a model on the meta device
+    that a checkpoint alone cannot fill; GP663 where reading failed half-way.
     """
     journal_of(patch)
     given = Source.of(source)
@@ -58,10 +61,12 @@ def load_base(patch: Patch, source: str | PathLike[str] | Mapping[str, Any]) -> 
     pieces, idle = translated(world, given.shapes)
     _check_names(pieces, targets, given.name, idle)
     _check_shapes(pieces, targets, given)
-    meta = next((key for key, slot in targets.items() if slot.tensor is not None and slot.tensor.is_meta), None)
-    if meta is not None:
-        raise on_meta(meta)
     _check_tied(pieces, targets, given)
+    here = [slot.tensor for slot in targets.values() if slot.tensor is not None]
+    places = None
+    if any(tensor.is_meta for tensor in here):
+        fill_unsaved(patch.model, here)
+        places = Places(patch.model)
     done = 0
     try:
         with torch.inference_mode(False), torch.no_grad():
@@ -70,9 +75,11 @@ def load_base(patch: Patch, source: str | PathLike[str] | Mapping[str, Any]) -> 
                     continue
                 for key, value in zip(piece.targets, changed(piece, [given.read(key) for key in piece.sources])):
                     slot = targets[key]
-                    if slot.tensor is not None:
+                    if slot.tensor is not None and slot.tensor.is_meta and places is not None:
+                        places.put(slot.tensor, slot.cut(value))
+                    elif slot.tensor is not None:
                         slot.tensor.copy_(slot.cut(value))
-                        done += 1
+                    done += slot.tensor is not None
     except (OSError, RuntimeError) as error:
         why = " ".join(str(error).split())[:200]
         title = f"reading {given.name} failed after {done} weights: the model holds some of them"

@@ -74,6 +74,28 @@ class BaseFiles:
             return torch.empty(slot.shape, dtype=slot.dtype)
         return torch.frombuffer(data, dtype=slot.dtype).view(slot.shape)
 
+    def read_part(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
+        """Of a tensor, rows `start` to `stop` (`dim` 0) or columns (`dim` 1 of a matrix), and nothing else."""
+        slot = self.slots[name]
+        assert slot.dtype is not None
+        rows, row = slot.shape[0], slot.nbytes // max(slot.shape[0], 1)
+        if dim == 0:
+            shape, pieces = (stop - start, *slot.shape[1:]), [(start * row, (stop - start) * row)]
+        else:
+            _, columns = slot.shape
+            width = row // columns
+            shape, pieces = (
+                (rows, stop - start),
+                [(at * row + start * width, (stop - start) * width) for at in range(rows)],
+            )
+        data = bytearray(sum(length for _, length in pieces))
+        at, whole = 0, memoryview(data)
+        with open(slot.file, "rb", buffering=0) as file:
+            for offset, length in pieces:
+                read_into(file, whole[at : at + length], slot.offset + offset)
+                at += length
+        return torch.frombuffer(data, dtype=slot.dtype).view(shape) if data else torch.empty(shape, dtype=slot.dtype)
+
 
 def read_into(file: io.FileIO, block: memoryview, offset: int) -> None:
     """Fill `block` from an unbuffered file, at an offset. Raises `OSError` where the file is shorter."""

@@ -38,4 +38,4 @@ def _slot(module: nn.Module, tensor: Tensor) -> Slot:
     shape = list(tensor.shape)
     shape[dim] *= group_of(module).size()
     stride = getattr(tensor, "partition_stride", 1)
-    return Slot(tensor, tuple(shape), lambda value: cut(module, value, dim, stride))
+    return Slot(tensor, tuple(shape), lambda value: cut(module, value, dim, stride), dim)

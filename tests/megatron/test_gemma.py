@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 import graphpatch
+from graphpatch.checkpoint import base_files
 
 from ..rules.test_gemma import IDS, RIGHT, family, rules
 from .models import gathered, global_name
@@ -157,3 +158,24 @@ def test_loss_and_every_gradient(reference, expected, layout, sequence_parallel)
         # Transformers' embedding has no gradient for the padding, which is token 0 here.
         rows = slice(1, None) if key.startswith("embedding") else slice(None)
         torch.testing.assert_close(seen[key][rows], grad[rows], rtol=1e-5, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def bytes_read(name: str, folder: str, sequence_parallel: bool) -> tuple[int, int]:
+    """What a rank reads of a checkpoint, and what it holds."""
+    read: list[int] = []
+    into = base_files.read_into
+
+    def counted(file: Any, block: memoryview, offset: int) -> None:
+        read.append(len(block))
+        into(file, block, offset)
+
+    base_files.read_into = counted
+    chunk, _ = made(name, folder, sequence_parallel=sequence_parallel)
+    return sum(read), sum(p.numel() * p.element_size() for p in set(chunk.parameters()))
+
+
+@pytest.mark.parametrize("layout", [{}, {"tp": 2}, {"tp": 2, "pp": 2}], ids=str)
+def test_a_rank_reads_its_own_part_alone(reference, layout):
+    name, _, folder = reference
+    for read, held in ranks(bytes_read, name, str(folder), False, **layout):
+        assert read == held

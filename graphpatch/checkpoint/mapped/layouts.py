@@ -22,6 +22,8 @@ Change = Callable[[Sequence[Tensor], int], list[Tensor]]
 class Layout(NamedTuple):
     onward: Change
     back: Change
+    by_rows: bool = False
+    """Whether onward only brings rows into another order."""
 
 
 def concat(dim: int = 0, sizes: Sequence[int] | None = None) -> Layout:
@@ -36,7 +38,7 @@ def concat(dim: int = 0, sizes: Sequence[int] | None = None) -> Layout:
             raise ValueError(f"{list(whole.shape)} has no {number} equal parts along {dim}: say sizes=[...]")
         return [part.contiguous() for part in whole.split(list(sizes) if sizes else whole.shape[dim] // number, dim)]
 
-    return Layout(onward, back)
+    return Layout(onward, back, by_rows=dim == 0)
 
 
 def split(dim: int = 0, sizes: Sequence[int] | None = None) -> Layout:
@@ -83,7 +85,7 @@ def interleave(heads: int, groups: int) -> Layout:
         parts = by_group.split([head * (heads // groups), head, head], 1)
         return [part.reshape(-1, *whole.shape[1:]) for part in parts]
 
-    return Layout(onward, back)
+    return Layout(onward, back, by_rows=True)
 
 
 LAYOUTS: dict[str, Callable[..., Layout]] = {
@@ -107,6 +109,11 @@ def changed(piece: Piece, tensors: Sequence[Tensor], back: bool = False) -> list
         why = " ".join(str(error).split())[:200]
         raise Error(Diagnostic("GP660", title, text=(shapes, why))) from None
     return made
+
+
+def by_rows(piece: Piece) -> bool:
+    """Whether the piece's layout only brings rows into another order."""
+    return _layout(piece).by_rows
 
 
 def _layout(piece: Piece) -> Layout:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -22,26 +22,25 @@ from ..disk import locked, sync, workshop
 from ..tensors import copied_out, journal_of
 from .layouts import changed
 from .materialise import Places, fill_unsaved
+from .parts import Source, read_for
 from .slots import Slot, held_by, slots_of
 
 
-class Source(NamedTuple):
-    """A checkpoint, or a state dict: the shapes, and a way to a tensor."""
+def source_of(source: str | PathLike[str] | Mapping[str, Any]) -> Source:
+    """A directory, a file or a state dict, to read from. Raises `Error` (GP641, GP662) for what is none."""
+    if isinstance(source, Mapping):
+        wrong = next((k for k, v in source.items() if not isinstance(v, Tensor)), None)
+        if wrong is not None:
+            title = f"`{wrong}` is no tensor, but {type(source[wrong]).__name__}"
+            raise Error(Diagnostic("GP662", title, fixes=("give the state dict itself: {name: tensor}",)))
+        shapes = {name: tuple(value.shape) for name, value in source.items()}
 
-    name: str
-    shapes: Mapping[str, tuple[int, ...]]
-    read: Any
+        def stretch(name: str, dim: int, start: int, stop: int) -> Tensor:
+            return cast(Tensor, source[name]).narrow(dim, start, stop - start)
 
-    @classmethod
-    def of(cls, source: str | PathLike[str] | Mapping[str, Any]) -> Source:
-        if isinstance(source, Mapping):
-            wrong = next((k for k, v in source.items() if not isinstance(v, Tensor)), None)
-            if wrong is not None:
-                title = f"`{wrong}` is no tensor, but {type(source[wrong]).__name__}"
-                raise Error(Diagnostic("GP662", title, fixes=("give the state dict itself: {name: tensor}",)))
-            return cls("the state dict", {k: tuple(v.shape) for k, v in source.items()}, source.__getitem__)
-        files = BaseFiles.open(source)
-        return cls(str(source), {name: slot.shape for name, slot in files.slots.items()}, files.read)
+        return Source("the state dict", shapes, source.__getitem__, stretch)
+    files = BaseFiles.open(source)
+    return Source(str(source), {name: slot.shape for name, slot in files.slots.items()}, files.read, files.read_part)
 
 
 def load_base(patch: Patch, source: str | PathLike[str] | Mapping[str, Any]) -> None:
@@ -55,7 +54,7 @@ def load_base(patch: Patch, source: str | PathLike[str] | Mapping[str, Any]) -> 
     that a checkpoint alone cannot fill; GP663 where reading failed half-way.
     """
     journal_of(patch)
-    given = Source.of(source)
+    given = source_of(source)
     targets = slots_of(patch.model)
     world = world_of(patch)
     pieces, idle = translated(world, given.shapes)
@@ -73,12 +72,12 @@ def load_base(patch: Patch, source: str | PathLike[str] | Mapping[str, Any]) -> 
             for piece in pieces:
                 if all(targets[key].tensor is None for key in piece.targets):
                     continue
-                for key, value in zip(piece.targets, changed(piece, [given.read(key) for key in piece.sources])):
+                for key, value in zip(piece.targets, read_for(piece, targets, given)):
                     slot = targets[key]
                     if slot.tensor is not None and slot.tensor.is_meta and places is not None:
-                        places.put(slot.tensor, slot.cut(value))
+                        places.put(slot.tensor, value)
                     elif slot.tensor is not None:
-                        slot.tensor.copy_(slot.cut(value))
+                        slot.tensor.copy_(value)
                     done += slot.tensor is not None
     except (OSError, RuntimeError) as error:
         why = " ".join(str(error).split())[:200]

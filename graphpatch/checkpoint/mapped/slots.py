@@ -20,6 +20,8 @@ class Slot(NamedTuple):
     """Of the whole."""
     cut: Callable[[Tensor], Tensor]
     """From the whole to this rank's part."""
+    dim: int | None = None
+    """The dimension of which this rank has a part; None where it has all."""
 
     @property
     def key(self) -> object:

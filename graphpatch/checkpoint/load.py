@@ -14,6 +14,7 @@ from ..lang.diagnostics import Diagnostic, Error
 from ..patch.apply import apply_plan
 from ..patch.drift import unwrapped
 from ..patch.original import unmarked
+from ..patch.over_ranks import parts
 from ..patch.patch import Patch, patches
 from ..plan.plan import Plan
 from ..tree.tree import Tensor, Tree
@@ -88,11 +89,14 @@ def load_adapter(
     return patch
 
 
-def load_weights(patch: Patch, source: str | PathLike[str] | Mapping[str, torch.Tensor], *, fit: bool = False) -> None:
+def load_weights(
+    patch: Patch | Sequence[Patch], source: str | PathLike[str] | Mapping[str, torch.Tensor], *, fit: bool = False
+) -> None:
     """Put an adapter's weights into a patch that is there, or the weights of a whole checkpoint: all, or none.
 
     A checkpoint (safetensors files, or with rules that have `map` statements a state dict of such names) is that of the
-    family that the rules' maps read: see `graphpatch.checkpoint.mapped`.
+    family that the rules' maps read: see `graphpatch.checkpoint.mapped`. Of a megatron-core model `patch` may be the
+    patches of its virtual chunks, as `apply` gave them; then it is called on every rank, and each reads its own part.
 
     An adapter is a directory of `save_adapter`, or a state dict: everything that the patch added, by the names of
     `patch.adapter_state_dict()`, and base weights if need be. Neither base nor rules are compared, only names, shapes,
@@ -105,9 +109,10 @@ def load_weights(patch: Patch, source: str | PathLike[str] | Mapping[str, torch.
     Raises `Error`: GP601 to GP603 for files, GP614 for missing and unexpected names, GP615 for shapes and types, GP529
     for another scale, or with `fit` where the adapter does not fit into the patch.
     """
+    every, patch = patch, parts(patch)[0]
     journal_of(patch)
     if _is_checkpoint(patch, source):
-        load_base(patch, source)
+        load_base(every, source)
         return
     if isinstance(source, Mapping):
         if fit:

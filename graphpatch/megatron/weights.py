@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from ..checkpoint.mapped.slots import Slot, held_by, whole
@@ -13,8 +15,18 @@ from .whole import expert_rank, numbered
 _EMBEDDING = "embedding.word_embeddings.weight"
 
 
-def slots(model: nn.Module) -> dict[str, Slot]:
-    """By the names in the whole model. Asks all ranks what they have."""
+def slots(models: Sequence[nn.Module]) -> dict[str, Slot]:
+    """Of this rank's chunks, by the names in the whole model. Asks all ranks what they have."""
+    found: dict[str, Slot] = {}
+    for model in models:
+        found |= _own(model)
+    for others in told({key: slot.shape for key, slot in found.items()}):
+        for key, shape in others.items():
+            found.setdefault(key, Slot(None, shape, lambda value: value))
+    return found
+
+
+def _own(model: nn.Module) -> dict[str, Slot]:
     tree = Tree.of(model, as_patched=True)
     here = dict(zip(tree.paths, numbered(tree, expert_rank()).paths))
     owners = dict(model.named_modules())
@@ -25,9 +37,6 @@ def slots(model: nn.Module) -> dict[str, Slot]:
         if name == "weight" and path.endswith("output_layer") and getattr(tensor, "shared_embedding", False):
             whole_key = _EMBEDDING  # the last stage's copy of what the first has
         found[whole_key] = _slot(owners[path], tensor)
-    for others in told({key: slot.shape for key, slot in found.items()}):
-        for key, shape in others.items():
-            found.setdefault(key, Slot(None, shape, lambda value: value))
     return found
 
 

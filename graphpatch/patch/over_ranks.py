@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
 from .drift import unwrapped
+
+T = TypeVar("T")
 
 OVER_RANKS: Mapping[str, Mapping[str, str]] = {
     "megatron.core.transformer.module.MegatronModule": {
@@ -30,3 +32,8 @@ def over_ranks(model: Any, what: Literal["apply", "slots", "to_peft"]) -> Callab
         return None
     module, _, name = known[what].partition(":")
     return getattr(import_module(module), name)  # type: ignore[no-any-return]
+
+
+def parts(patch: T | Sequence[T]) -> list[T]:
+    """The patches of a process: one, or those of its virtual chunks."""
+    return list(patch) if isinstance(patch, (list, tuple)) else [patch]  # type: ignore[list-item]

@@ -24,8 +24,8 @@ import graphpatch
 
 from ..rules.test_gemma import family
 from ..rules.test_gemma import rules as rules_of
-from .models import fill
-from .pool import ranks
+from .models import fill, gathered, global_name
+from .pool import one, ranks
 from .training import chunks_of
 
 SIZES: dict[str, Any] = {
@@ -80,19 +80,51 @@ def options(name: str) -> dict[str, Any]:
 
 
 def exported(name: str, base: str, adapter: str, folder: str) -> Any:
-    (chunk,) = chunks_of(gather=True, **options(name))
+    chunks = chunks_of(gather=True, **options(name))
     if name.startswith("gemma"):
-        graphpatch.load_weights(graphpatch.apply(chunk, rules_of(name)), base)
-        patch = graphpatch.apply(chunk, graphpatch.parse(ADAPTERS[adapter]))
+        graphpatch.load_weights(graphpatch.apply(chunks, rules_of(name)), base)
+        patches = graphpatch.apply(chunks, graphpatch.parse(ADAPTERS[adapter]))
     else:
-        patch = graphpatch.apply(chunk, graphpatch.parse(f"use hf_llama\n{ADAPTERS[adapter]}"))
-        graphpatch.load_weights(patch, base)
-    fill(chunk, lambda n: "lora" in n)
-    graphpatch.to_peft(patch, folder)
-    if not (chunk.pre_process and chunk.post_process):
+        patches = graphpatch.apply(chunks, graphpatch.parse(f"use hf_llama\n{ADAPTERS[adapter]}"))
+        graphpatch.load_weights(patches, base)
+    for chunk in chunks:
+        fill(chunk, lambda n: "lora" in n)
+    graphpatch.to_peft(patches, folder)
+    if len(chunks) > 1 or not (chunks[0].pre_process and chunks[0].post_process):
         return None
     with torch.no_grad():
-        return chunk.eval()(IDS, torch.arange(12).expand(2, 12), None)
+        return chunks[0].eval()(IDS, torch.arange(12).expand(2, 12), None)
+
+
+def loaded(base: str, use: str = "use hf_llama") -> Any:
+    """The parameters of the whole model that this rank's chunks have a part in, whole, by their global names."""
+    chunks = chunks_of(**OURS)
+    patches = graphpatch.apply(chunks, graphpatch.parse(f"{use}\n{ADAPTERS['lora']}"))
+    graphpatch.load_weights(patches, base)
+    return {global_name(c, n): gathered(p, p.data) for c in chunks for n, p in c.named_parameters() if "lora" not in n}
+
+
+def test_virtual_chunks_have_the_weights_of_their_layers(tmp_path):
+    made("llama").save_pretrained(tmp_path)
+    whole = one(loaded, str(tmp_path))
+    parts = ranks(loaded, str(tmp_path), pp=2, vpp=2)
+    assert {name for part in parts for name in part} == set(whole)
+    assert all(torch.equal(value, whole[name]) for part in parts for name, value in part.items())
+
+
+@pytest.mark.parametrize("layout", [{}, {"tp": 2}], ids=str)
+def test_a_padded_vocabulary(tmp_path, layout):
+    torch.manual_seed(0)
+    theirs = LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": 90}))
+    theirs.save_pretrained(tmp_path)
+    padded = "use hf_llama(vocab_size=90, padded_vocab_size=96)"
+    for found in ranks(loaded, str(tmp_path), padded, **layout):
+        for name, own in (("embedding.word_embeddings", theirs.model.embed_tokens), ("output_layer", theirs.lm_head)):
+            assert torch.equal(found[f"{name}.weight"][:90], own.weight) and not found[f"{name}.weight"][90:].any()
+    with pytest.raises(AssertionError, match="GP662"):
+        ranks(loaded, str(tmp_path), **layout)
+    with pytest.raises(AssertionError, match="there are 90 rows, and not the 80"):
+        ranks(loaded, str(tmp_path), padded.replace("90", "80"), **layout)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +133,7 @@ def exported(name: str, base: str, adapter: str, folder: str) -> Any:
         ("llama", "lora", {"tp": 2, "pp": 2}),
         ("llama", "dora", {"tp": 2}),
         ("llama", "parts", {"tp": 2, "pp": 2}),
+        ("llama", "lora", {"pp": 2, "vpp": 2}),
         ("mistral", "lora", {}),
         ("qwen2", "lora", {"tp": 2}),
         ("qwen3", "lora", {"pp": 2}),
@@ -122,6 +155,6 @@ def test_peft_computes_the_same(tmp_path, name, adapter, layout):
         theirs = PeftModel.from_pretrained(model, tmp_path / "again").eval()(IDS).logits
     assert (theirs - bare).abs().max() > 0.05
     torch.testing.assert_close(alone, theirs, rtol=1e-5, atol=1e-5)
-    for one in found:
-        if one is not None:
-            torch.testing.assert_close(one, theirs, rtol=1e-5, atol=2e-5)
+    for here in found:
+        if here is not None:
+            torch.testing.assert_close(here, theirs, rtol=1e-5, atol=2e-5)

@@ -64,6 +64,20 @@ def transpose(dim0: int = 0, dim1: int = 1) -> Layout:
     return Layout(change, change)
 
 
+def pad(rows: int, of: int) -> Layout:
+    """`of` rows, and rows of zeros up to `rows`, as vocabularies are that ranks share evenly; back, those `of` rows."""
+    if not 0 < of <= rows:
+        raise ValueError(f"{of} rows are not padded to {rows}")
+
+    def onward(tensors: Sequence[Tensor], _: int) -> list[Tensor]:
+        wrong = next((len(tensor) for tensor in tensors if len(tensor) != of), None)
+        if wrong is not None:
+            raise ValueError(f"there are {wrong} rows, and not the {of} that are to be padded")
+        return [torch.cat([tensor, tensor.new_zeros(rows - of, *tensor.shape[1:])]) for tensor in tensors]
+
+    return Layout(onward, lambda tensors, _: [tensor[:of].contiguous() for tensor in tensors])
+
+
 def interleave(heads: int, groups: int) -> Layout:
     """Rows of q, k and v as megatron-core keeps them in one `linear_qkv`: for each of `groups` key-value groups the
     rows of its heads / groups query heads, then of its key, then of its value. Of biases too."""
@@ -90,6 +104,7 @@ def interleave(heads: int, groups: int) -> Layout:
 
 LAYOUTS: dict[str, Callable[..., Layout]] = {
     "concat": concat, "split": split, "stack": stack, "transpose": transpose, "qkv.interleave": interleave,
+    "pad": pad,
 }  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...lang.diagnostics import Diagnostic, Error
 from ...patch.original import original_rules
+from ...patch.over_ranks import parts
 from ...patch.patch import Patch
 from ...plan.maps import Piece, restored, translated
 from ...plan.rules import maps_in_force
@@ -43,7 +44,7 @@ def source_of(source: str | PathLike[str] | Mapping[str, Any]) -> Source:
     return Source(str(source), {name: slot.shape for name, slot in files.slots.items()}, files.read, files.read_part)
 
 
-def load_base(patch: Patch, source: str | PathLike[str] | Mapping[str, Any]) -> None:
+def load_base(patch: Patch | Sequence[Patch], source: str | PathLike[str] | Mapping[str, Any]) -> None:
     """Put a checkpoint's weights into the patched model, by the maps of the patch's rules: all that there are.
 
     A tied weight is there under any of its names; buffers that the model does not save are none of it. A model on the
@@ -53,10 +54,13 @@ def load_base(patch: Patch, source: str | PathLike[str] | Mapping[str, Any]) -> 
     and unexpected keys, GP662 for shapes, GP664 for two values of a tied weight, GP616 for a model on the meta device
     that a checkpoint alone cannot fill; GP663 where reading failed half-way.
     """
-    journal_of(patch)
+    patches = parts(patch)
+    for one in patches:
+        journal_of(one)
+    models = [one.model for one in patches]
     given = source_of(source)
-    targets = slots_of(patch.model)
-    world = world_of(patch)
+    targets = slots_of(models)
+    world = world_of(patches[0])
     pieces, idle = translated(world, given.shapes)
     _check_names(pieces, targets, given.name, idle)
     _check_shapes(pieces, targets, given)
@@ -64,8 +68,9 @@ def load_base(patch: Patch, source: str | PathLike[str] | Mapping[str, Any]) -> 
     here = [slot.tensor for slot in targets.values() if slot.tensor is not None]
     places = None
     if any(tensor.is_meta for tensor in here):
-        fill_unsaved(patch.model, here)
-        places = Places(patch.model)
+        for model in models:
+            fill_unsaved(model, here)
+        places = Places(models)
     done = 0
     try:
         with torch.inference_mode(False), torch.no_grad():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +16,11 @@ Place = tuple[dict[str, Any], str]
 
 
 class Places:
-    """Where each tensor of a model stands."""
+    """Where each tensor of a model, or of its chunks, stands."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, models: Sequence[nn.Module]):
         self._places: dict[int, list[Place]] = {}
-        for module in model.modules():
+        for module in (module for model in models for module in model.modules()):
             for held in (module._parameters, module._buffers):
                 for name, tensor in held.items():
                     if tensor is not None:

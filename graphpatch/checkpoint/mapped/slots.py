@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -29,11 +29,13 @@ class Slot(NamedTuple):
         return id(self.tensor) if self.tensor is not None else object()
 
 
-def slots_of(model: nn.Module) -> dict[str, Slot]:
-    """What the model's checkpoints hold, by name; tied tensors under each of theirs. Called on all ranks."""
+def slots_of(models: Sequence[nn.Module]) -> dict[str, Slot]:
+    """What a model's checkpoints hold, by name; tied tensors under each of theirs. Of a model over several ranks,
+    `models` are this one's chunks, and it is called on all."""
+    model = models[0]
     theirs = over_ranks(model, "slots")
     if theirs is not None:
-        return theirs(model)  # type: ignore[no-any-return]
+        return theirs(models)  # type: ignore[no-any-return]
     return {key: whole(tensor) for key, tensor in held_by(model).items()}
 
 

@@ -15,7 +15,7 @@ import torch
 from ...lang.diagnostics import Diagnostic, Error
 from ...ops.lora import Lora
 from ...patch.original import original_plan
-from ...patch.over_ranks import over_ranks
+from ...patch.over_ranks import over_ranks, parts
 from ...patch.patch import Patch
 from ...plan.plan import Plan
 from ...tree.tree import Tree
@@ -31,7 +31,9 @@ from .plain import Plain, inexpressible, plain
 from .saved import Saved, saved_with
 
 
-def to_peft(patch: Patch, directory: str | PathLike[str], *, profile: Literal["peft", "portable"] = "peft") -> None:
+def to_peft(
+    patch: Patch | Sequence[Patch], directory: str | PathLike[str], *, profile: Literal["peft", "portable"] = "peft"
+) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` into `directory`, which PEFT 0.21 loads as it stands.
 
     The adapter is LoRA (or DoRA) on the base as it was before the patch; base weights that trained with it are
@@ -45,9 +47,11 @@ def to_peft(patch: Patch, directory: str | PathLike[str], *, profile: Literal["p
     Raises `Error`: GP625 naming what PEFT cannot express, GP626 where no list of names reaches just these modules,
     GP604 where the files cannot be written, GP605 on the meta device.
     """
-    elsewhere = over_ranks(patch.model, "to_peft")
+    first = parts(patch)[0]
+    elsewhere = over_ranks(first.model, "to_peft")
     if elsewhere is not None:
         return elsewhere(patch, directory)  # type: ignore[no-any-return]
+    patch = first
     if profile == "portable":
         from ..readers.export import write_portable
 

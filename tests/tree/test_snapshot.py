@@ -349,7 +349,7 @@ def test_tensor_subclasses_keep_their_shapes():
 
 
 def patched(module: nn.Module, **record) -> None:
-    made = SimpleNamespace(marks=(), added=set(), attributes={}, original=None)
+    made = SimpleNamespace(marks=(), added=set(), attributes={}, dropped={}, original=None)
     made.__dict__.update(record)
     module.__dict__["_graphpatch"] = made
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,8 @@ from graphpatch.lightning import AtomicIO, last_whole
 from graphpatch.lightning.atomic_folder import write_whole_folders
 from graphpatch.lightning.sharded import read_sharded
 
-from .common import Module, clean_environment, data, trainer
+from .common import Module, data, trainer
+from .forked import Forked
 from .test_checkpoints import lora
 
 
@@ -180,30 +180,29 @@ def test_a_run_that_is_killed_again_and_again_is_the_run_that_was_not(tmp_path):
     # Nothing passes through a temporary folder, which may be another disk: there a rename is a copy, and no moment.
     elsewhere = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
 
-    def started(folder: Path, wait: float) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", RUN, str(folder), str(wait)]
-        root = str(Path(__file__).parents[2])
-        environment = {
-            **clean_environment(), "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "TMPDIR": str(elsewhere),
-        }  # fmt: skip
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    def started(folder: Path, wait: float) -> Forked:
+        (tmp_path / "said").unlink(missing_ok=True)
+        script = f"import tempfile\ntempfile.tempdir = {str(elsewhere)!r}\n{RUN}"
+        return Forked(script, [str(folder), str(wait)], output=tmp_path / "said")
 
-    def said(lines: list[str]) -> dict[int, str]:
-        return {int(step): loss for step, loss in (line.split() for line in lines if line[0].isdigit())}
+    def said() -> dict[int, str]:
+        lines = (tmp_path / "said").read_text().split("\n")[:-1] if (tmp_path / "said").exists() else []
+        return {int(step): loss for step, loss in (line.split() for line in lines if line[:1].isdigit())}
 
-    whole = said(started(tmp_path / "whole", 0).communicate()[0].splitlines())
+    (tmp_path / "whole").mkdir()
+    started(tmp_path / "whole", 0).wait()
+    whole = said()
     assert sorted(whole) == list(range(24))
     losses: dict[int, str] = {}
+    (tmp_path / "killed").mkdir()
     for kill_after in (5, 9, None):
         run = started(tmp_path / "killed", 0.01 if kill_after else 0)
-        lines: list[str] = []
-        assert run.stdout is not None
-        for line in run.stdout:
-            lines.append(line)
-            if len(said(lines)) == kill_after:
-                run.send_signal(signal.SIGKILL)
-        run.wait()
-        losses |= said(lines)
+        if kill_after is None:
+            run.wait()
+        while run.poll() is None:
+            if len(said()) >= kill_after:
+                run.kill()
+        losses |= said()
     assert losses == whole
     assert not [p for p in elsewhere.rglob("*") if p.suffix in (".ckpt", ".pt") or "tmp-" in p.name]
     shutil.rmtree(elsewhere)

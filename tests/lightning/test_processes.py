@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -15,6 +13,7 @@ import pytest
 import torch
 
 from .common import clean_environment
+from .forked import Forked
 
 PRELUDE = """
 import json, shutil, sys, torch
@@ -46,23 +45,27 @@ class Plain(Module):
 """
 
 
-def run(folder: Path, script: str) -> dict[str, Any]:
-    """What the script says."""
-    started = start(folder, script)
-    errors = started.communicate(timeout=300)[1]
-    assert started.returncode == 0, errors[-3000:]
+def run(folder: Path, script: str, ranks: int = 1) -> dict[str, Any]:
+    """What the script says, on ranks that are there already."""
+    start(folder, script, ranks).wait()
     return json.loads((folder / "said.json").read_text())
 
 
-def start(folder: Path, script: str) -> subprocess.Popen[str]:
-    """As a file of its own, since some launchers run it again, and in a group of its own, to be killed with them."""
+def start(folder: Path, script: str, ranks: int = 1) -> Forked:
     folder.mkdir(parents=True, exist_ok=True)
+    return Forked(PRELUDE + script, [str(folder)], ranks)
+
+
+def run_as_a_file(folder: Path, script: str) -> dict[str, Any]:
+    """What the script says, as a file of its own, which launchers run again."""
     file = folder / "script.py"
     file.write_text(PRELUDE + "if __name__ == '__main__':\n" + "".join(f"    {line}\n" for line in script.splitlines()))
     root = str(Path(__file__).parents[2])
     environment = {**clean_environment(), "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    command, pipe = [sys.executable, str(file), str(folder)], subprocess.PIPE
-    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    command = [sys.executable, str(file), str(folder)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return json.loads((folder / "said.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +103,7 @@ loaded = load_from_checkpoint(Plain, folder / "last.ckpt")
 said(losses=first.losses + second.losses, keys=sorted(held["state_dict"]), factors=sorted(factors(second)),
      ranks=len(held["graphpatch"]["random"]["states"]), loaded=sorted(factors(loaded)))
 """
-    told = run(tmp_path, script)
+    told = run(tmp_path, script, ranks=2)
     assert close(told["losses"], alone)
     assert told["keys"] == told["factors"] == told["loaded"] and len(told["keys"]) == 8 and told["ranks"] == 2
 
@@ -114,7 +117,7 @@ lora(module)
 trained = all(bool(p.count_nonzero()) for n, p in module.named_parameters() if "lora_B" in n)
 said(factors=len(factors(module)), trained=trained, patches=len(graphpatch.patches(module)))
 """
-    assert run(tmp_path, script) == {"factors": 8, "trained": True, "patches": 1}
+    assert run_as_a_file(tmp_path, script) == {"factors": 8, "trained": True, "patches": 1}
 
 
 FSDP = """
@@ -179,7 +182,7 @@ elif rank == 0:
 here = sorted(p.name for p in folder.iterdir() if "last" in p.name)
 said(losses=first.losses + second.losses, kept=kept, here=here, refused=refused, lacks=lacks, factors=sorted("state_dict." + n for n in factors(second)))
 """
-    told = run(tmp_path, script)
+    told = run(tmp_path, script, ranks=2)
     # Both load on a single process, into a module that nobody shards.
     alone_again = """
 loaded = load_from_checkpoint(Plain, folder / "last.ckpt")
@@ -211,14 +214,13 @@ said(losses=module.losses, resumed=str(path))
 def test_two_ranks_killed_while_they_write_go_on_from_the_last_whole_checkpoint(tmp_path, alone):
     script = FSDP.strip() + KILLED.rstrip()
     for step, wait in ((4, 0.0), (7, 0.01)):
-        started = start(tmp_path, script)
+        started = start(tmp_path, script, ranks=2)
         while not (tmp_path / f"saving{step}").exists():
-            assert started.poll() is None, started.communicate()[1]
+            assert started.poll() is None, started.said()
             time.sleep(0.001)
         time.sleep(wait)
-        os.killpg(started.pid, signal.SIGKILL)
-        started.wait()
-    told = run(tmp_path, script)
+        started.kill()
+    told = run(tmp_path, script, ranks=2)
     assert "step=" in told["resumed"] and 1 <= len(told["losses"]) <= 7
     assert close(told["losses"], alone[-len(told["losses"]) :])
 
@@ -236,7 +238,7 @@ try:
 except graphpatch.Error as error:
     said(text=text, code=error.code)
 """
-    told = run(tmp_path, script)
+    told = run(tmp_path, script, ranks=2)
     assert "GP810" in told["text"] and "before fully_shard" in told["text"] and told["code"] == "GP816"
 
 
@@ -255,7 +257,7 @@ try:
 except graphpatch.Error as error:
     said(losses=module.losses, code=error.code)
 """
-    told = run(tmp_path, script)
+    told = run(tmp_path, script, ranks=2)
     assert close(told["losses"], alone) and told["code"] in ("GP818", "GP822")
 
 
@@ -314,7 +316,7 @@ def noisy(seed):
 noise = [noisy(5), noisy(5), noisy(6)]
 said(losses=losses, keys=keys, factors=sorted(factors(loaded)), late=late, noise=noise)
 """
-    told = run(tmp_path, script)
+    told = run(tmp_path, script, ranks=2)
     assert close(told["losses"]["false"], alone) and told["losses"]["true"] == told["losses"]["false"]
     assert told["keys"] == told["factors"] and len(told["keys"]) == 8 and told["late"] == "GP810"
     # Dropout is drawn from the same seed again, another from another, and what both ranks hold whole stays one.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..lang.diagnostics import refusal
 from . import cpu
 from .engine import optimizer_like, step
+from .ranks import told
 
 Forward = Callable[[nn.Module, Any], tuple[Tensor, Callable[[Tensor], Tensor]]]
 """From a model chunk and a microbatch to its output, and a function that makes the loss of it, called on the last
@@ -223,6 +224,7 @@ class MegatronStrategy(DDPStrategy):
         if ours is not None:
             # Of one rank: what a whole model has is told by the tensors themselves.
             ours.update(names=None, base=None)
+        checkpoint = {**checkpoint, _STREAMS: {"sizes": self.sizes, "ranks": told(_streams().get_states())}}
         if self.is_global_zero:
             torch.save(checkpoint, path / "meta.pt")
         self.barrier()
@@ -236,6 +238,10 @@ class MegatronStrategy(DDPStrategy):
         loaded = dist_checkpointing.load(held, str(path))
         for at, chunk in enumerate(self.chunks):
             chunk.load_state_dict(loaded[f"model{at}"], strict=False)
+        streams = meta.pop(_STREAMS, {})
+        # At another layout there are other ranks, each with a part of another activation to draw for.
+        if streams.get("sizes") == self.sizes and len(streams["ranks"]) == self.world_size:
+            _streams().set_states(streams["ranks"][self.global_rank])
         if "optimizer" in loaded:
             self.engine.load_state_dict(loaded["optimizer"])
             for optimizer, state in zip(self.optimizers, meta["optimizer_states"]):
@@ -268,6 +274,16 @@ class MegatronStrategy(DDPStrategy):
                 module.__dict__.pop(name, None)
         self.chunks, self.wrapped, self.engine = [], [], None
         super().teardown()
+
+
+_STREAMS = "megatron_random_streams"
+"""In a checkpoint: the states of the streams that megatron-core's dropout draws from, of every rank."""
+
+
+def _streams() -> Any:
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    return get_cuda_rng_tracker()
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.tensor_parallel import RowParallelLinear
 from torch import nn
 
-from graphpatch.megatron import lora
+import graphpatch
+from graphpatch.megatron import factors, lora
 
-from .models import BATCH, LENGTH, VOCABULARY
+from .models import BATCH, LENGTH, VOCABULARY, config, fill, gathered
 from .pool import one, ranks
 from .training import assert_same, built, together, trained
 
@@ -173,6 +175,67 @@ def reloaded(rules: str, source: str, folder: str, only_adapter: bool) -> Any:
     chunks[0].load_state_dict(dist_checkpointing.load(held, source), strict=False)
     dist_checkpointing.save({n: e for n, e in entries(chunks[0]).items() if wanted(n)}, folder)
     return outputs(chunks) if chunks[0].pre_process and chunks[0].post_process else None
+
+
+def as_if_replicated(rules: str, source: str | None, folder: str) -> Any:
+    plain = factors._sharded
+    factors._sharded = lambda module, key, tensor, dim, metadata: plain(module, key, tensor, None, metadata)
+    if source is None:
+        return saved(rules, folder, only_adapter=True)
+    return reloaded(rules, source, folder, only_adapter=True)
+
+
+def test_shards_saved_as_if_they_were_the_whole_are_seen(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    ranks(as_if_replicated, RULES["lora"], None, str(tmp_path / "a"), tp=2)
+    found = ranks(as_if_replicated, RULES["lora"], str(tmp_path / "a"), str(tmp_path / "b"), tp=2)
+    want = one(alone_outputs, RULES["lora"])
+    assert all((result - want).abs().max() > 1e-3 for result in found)
+
+
+class PostNorm(RowParallelLinear):
+    """With a norm fused behind, as specs of Gemma 2 have it."""
+
+    def forward(self, input_: torch.Tensor) -> Any:
+        output, bias = super().forward(input_)
+        return output * torch.rsqrt(output.square().mean(-1, keepdim=True) + 1e-6), bias
+
+
+def fused(rules: str) -> dict[str, torch.Tensor]:
+    made = config()
+    options = {"bias": False, "input_is_parallel": True, "skip_bias_add": True, "config": made}
+    model = nn.ModuleDict({"proj": PostNorm(96, 64, init_method=made.init_method, **options)})
+    patch = graphpatch.apply(model, graphpatch.parse(rules))
+    for parameter in model.parameters():
+        parameter.of_expert = False
+    fill(model)
+    x = torch.randn(LENGTH, BATCH, 96, generator=torch.Generator().manual_seed(2))
+    proj: Any = model["proj"]
+    part = x.chunk(proj.tp_group.size(), -1)[proj.tp_group.rank()]
+    output, _ = proj(part)
+    (output * torch.arange(64)).sum().backward()
+    found = {"x": x, "y": output.detach()}
+    for name in ("weight", "lora_A", "lora_B"):
+        found[name] = gathered(getattr(proj, name), getattr(proj, name).data)
+    found |= {f"grad of {n}": gathered(p, p.grad) for n, p in proj.named_parameters() if p.grad is not None}
+    patch.merge()
+    found["merged"] = proj(part)[0].detach()
+    return found
+
+
+def test_a_norm_fused_behind_a_linear_norms_both():
+    rules = "patch proj with lora(rank=4, alpha=8)\n" + FROZEN
+    alone = one(fused, rules)
+    weight = alone["weight"] + 2 * alone["lora_B"] @ alone["lora_A"]
+    raw = alone["x"] @ weight.T
+    wanted = raw * torch.rsqrt(raw.square().mean(-1, keepdim=True) + 1e-6)
+    torch.testing.assert_close(alone["y"], wanted, rtol=0, atol=1e-5)
+    for found in (alone, *ranks(fused, rules, tp=2)):
+        torch.testing.assert_close(found["merged"], found["y"], rtol=0, atol=1e-5)
+        assert {n for n in found if "grad" in n} == {"grad of lora_A", "grad of lora_B"}
+        for name, value in found.items():
+            torch.testing.assert_close(value, alone[name], rtol=1e-4, atol=1e-4)
 
 
 def recomputed(rules: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,10 +14,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 import graphpatch
-from graphpatch.lightning import LoRA, MegatronStrategy, ModelTransform
+from graphpatch.lightning import LoRA, MegatronStrategy, ModelTransform, ResumableDataLoader, last_whole
 
 from .models import BATCH, LENGTH, VOCABULARY, fill, gathered, global_name
-from .pool import one, ranks
+from .pool import RankFailed, one, ranks
 from .training import built, chunks_of
 
 
@@ -177,6 +178,40 @@ def test_a_run_goes_on_at_this_layout_and_at_another(tmp_path, alone, first, sec
         torch.testing.assert_close(losses, alone[0][4:], rtol=0, atol=1e-5)
         for name, value in factors.items():
             torch.testing.assert_close(value, alone[1][name], rtol=0, atol=1e-5)
+
+
+class Killed(pl.Callback):
+    """One rank dies in the middle of an epoch, while the others go on."""
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 6 and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def noisy(folder: str, layout: dict[str, Any], kill: bool = False, resume: bool = False) -> Any:
+    """Two epochs of four batches, saved after each batch, with dropout before the factors."""
+    data.replicas = False  # type: ignore[attr-defined]
+    transform = Filled(["linear_qkv", "linear_proj"], dim=4, dropout=0.3)
+    model = Model(transform, sequence_parallel=True)
+    saver = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    t = trainer(folder, layout, transform, saver, *[Killed()] * kill, epochs=2, sequence_parallel=True)
+    torch.manual_seed(4)
+    batches = ResumableDataLoader(data().dataset, batch_size=2 * BATCH, shuffle=True)
+    t.fit(model, batches, ckpt_path=last_whole(folder) if resume else None)
+    return t.global_step, model.losses, {n: p.data for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_a_run_that_was_killed_goes_on_to_the_bit(tmp_path):
+    layout = {"tp": 2}
+    whole = ranks(noisy, str(tmp_path / "whole"), layout, **layout)
+    with pytest.raises(RankFailed, match=r"died without a word|did not end in time|Connection"):
+        ranks(noisy, str(tmp_path / "killed"), layout, True, **layout)
+    assert last_whole(tmp_path / "killed") is not None
+    resumed = ranks(noisy, str(tmp_path / "killed"), layout, False, True, **layout)
+    for (steps, losses, factors), (_, all_losses, wanted) in zip(resumed, whole):
+        assert steps == 8 and 2 <= len(losses) <= 3
+        assert losses == all_losses[-len(losses) :]
+        assert all(torch.equal(factors[name], value) for name, value in wanted.items())
 
 
 def nemo(folder: str) -> Any:

@@ -68,7 +68,8 @@ def one_rank(rank: int, how: str, store: str, out: str) -> None:
 @pytest.mark.parametrize("how", ["ddp", "fully_shard"])
 def test_two_ranks_train_as_one_process_does(how, tmp_path):
     out = tmp_path / "adapter.pt"
-    mp.spawn(one_rank, args=(how, str(tmp_path / "store"), str(out)), nprocs=2)
+    args = (how, str(tmp_path / "store"), str(out))
+    mp.start_processes(one_rank, args=args, nprocs=2, start_method="fork")
     model = patched()
     start = adapter(model)
     train(model, IDS)

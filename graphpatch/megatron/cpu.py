@@ -91,6 +91,9 @@ def _streams() -> None:
         _put(accelerator, "current_stream", lambda device=None: one)
 
 
+_DEFAULT = "default-rng"
+
+
 def _random_states() -> None:
     """The CPU's generator in the place of the GPU's: streams that differ by rank, and recomputation, work as there."""
     _put(torch.cuda, "get_rng_state", lambda device="cuda": torch.get_rng_state())
@@ -103,16 +106,21 @@ def _random_states() -> None:
 
     @contextlib.contextmanager
     def fork(self: Any, name: str = "model-parallel-rng") -> Iterator[None]:
-        # Megatron's own warns where the CPU's state changes within.
+        # As megatron's own, which warns where the CPU's state changes within. One in another goes on with what that
+        # drew: under sequence parallelism all layers are in one.
         if name not in self.states_:
             raise Exception(f"cuda rng state {name} is not added")
-        outer = torch.get_rng_state()
+        outer, around = torch.get_rng_state(), getattr(self, "_current_state_name", _DEFAULT)
+        if around != _DEFAULT:
+            self.states_[around] = outer
         torch.set_rng_state(self.states_[name])
+        self._current_state_name = name
         try:
             yield
         finally:
             self.states_[name] = torch.get_rng_state()
-            torch.set_rng_state(outer)
+            torch.set_rng_state(outer if around == _DEFAULT else self.states_[around])
+            self._current_state_name = around
 
     _put(random.CudaRNGStatesTracker, "fork", fork)
 

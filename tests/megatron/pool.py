@@ -73,7 +73,7 @@ def ranks(
             ends[mine] = rank
             workers.append(worker)
         try:
-            return _collected(ends, world, time.monotonic() + timeout)
+            return _collected(ends, workers, time.monotonic() + timeout)
         finally:
             for worker in workers:
                 # With what it started: a checkpoint's writer has a process of its own, which would outlive it.
@@ -88,12 +88,18 @@ def one(case: Callable[..., Any], *args: Any, timeout: float = 60) -> Any:
     return ranks(case, *args, timeout=timeout)[0]
 
 
-def _collected(ends: dict[Connection, int], world: int, until: float) -> list[Any]:
+def _collected(ends: dict[Connection, int], workers: list[Any], until: float) -> list[Any]:
     results: dict[int, Any] = {}
+    world = len(workers)
     while ends:
-        ready = wait(list(ends), max(0.0, until - time.monotonic()))
+        ready = wait(list(ends), 0.2)
         if not ready:
-            raise RankFailed(f"ranks {sorted(ends.values())} of {world} did not end in time")
+            # What a rank started may hold its end of the pipe open after its death.
+            dead = next((rank for rank in ends.values() if workers[rank].exitcode is not None), None)
+            if dead is not None and not wait(list(ends), 0):
+                raise RankFailed(f"rank {dead} of {world} died without a word")
+            if time.monotonic() > until:
+                raise RankFailed(f"ranks {sorted(ends.values())} of {world} did not end in time")
         for end in ready:
             assert isinstance(end, Connection)
             rank = ends.pop(end)
@@ -120,6 +126,8 @@ def _worker(
     os.setpgid(0, 0)
     try:
         torch.set_num_threads(1)
+        # What megatron-core compiles would look for a device, which a forked process may not.
+        torch.compiler.set_stance("force_eager")
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout)
         )

@@ -5,6 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import torch
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from .pool import one
+
 CASE = """
 import sys, torch
 from graphpatch.megatron import cpu
@@ -27,3 +32,22 @@ def test_the_meta_device_and_from_pretrained_are_as_they_were(tmp_path):
         [sys.executable, "-W", "ignore", "-c", CASE, str(tmp_path)], capture_output=True, text=True, timeout=120
     )
     assert ran.stdout.strip().endswith("as they were"), ran.stderr
+
+
+def drawn() -> tuple[list[torch.Tensor], torch.Tensor, bool]:
+    tracker, outside = get_cuda_rng_tracker(), torch.get_rng_state()
+    start, found = tracker.get_states()["model-parallel-rng"].clone(), []
+    for _ in range(2):
+        with tracker.fork():
+            found.append(torch.rand(3))
+            with tracker.fork():
+                found.append(torch.rand(3))
+            found.append(torch.rand(3))
+    return found, start, torch.equal(outside, torch.get_rng_state())
+
+
+def test_a_random_stream_within_itself_goes_on():
+    found, start, untouched = one(drawn)
+    stream = torch.Generator()
+    stream.set_state(start)
+    assert untouched and all(torch.equal(value, torch.rand(3, generator=stream)) for value in found)

@@ -184,16 +184,16 @@ class Killed(pl.Callback):
     """One rank dies in the middle of an epoch, while the others go on."""
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        if trainer.global_step == 6 and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+        if trainer.global_step == 7 and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
 def noisy(folder: str, layout: dict[str, Any], kill: bool = False, resume: bool = False) -> Any:
-    """Two epochs of four batches, saved after each batch, with dropout before the factors."""
+    """Two epochs of four batches, saved after the third and the sixth, with dropout before the factors."""
     data.replicas = False  # type: ignore[attr-defined]
     transform = Filled(["linear_qkv", "linear_proj"], dim=4, dropout=0.3)
     model = Model(transform, sequence_parallel=True)
-    saver = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    saver = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=3)
     t = trainer(folder, layout, transform, saver, *[Killed()] * kill, epochs=2, sequence_parallel=True)
     torch.manual_seed(4)
     batches = ResumableDataLoader(data().dataset, batch_size=2 * BATCH, shuffle=True)
@@ -204,13 +204,12 @@ def noisy(folder: str, layout: dict[str, Any], kill: bool = False, resume: bool 
 def test_a_run_that_was_killed_goes_on_to_the_bit(tmp_path):
     layout = {"tp": 2}
     whole = ranks(noisy, str(tmp_path / "whole"), layout, **layout)
-    with pytest.raises(RankFailed, match=r"died without a word|did not end in time|Connection"):
+    with pytest.raises(RankFailed, match="died without a word"):
         ranks(noisy, str(tmp_path / "killed"), layout, True, **layout)
     assert last_whole(tmp_path / "killed") is not None
     resumed = ranks(noisy, str(tmp_path / "killed"), layout, False, True, **layout)
     for (steps, losses, factors), (_, all_losses, wanted) in zip(resumed, whole):
-        assert steps == 8 and 2 <= len(losses) <= 3
-        assert losses == all_losses[-len(losses) :]
+        assert steps == 8 and losses == all_losses[6:]
         assert all(torch.equal(factors[name], value) for name, value in wanted.items())
 
 

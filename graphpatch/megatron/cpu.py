@@ -53,6 +53,7 @@ def _devices() -> None:
     _put(torch.cuda, "current_device", lambda: cpu)
     _put(torch.cuda, "set_device", lambda device: None)
     _put(torch.cuda, "device_count", lambda: 1)
+    _put(torch.cuda, "is_available", lambda: False)  # which a build of torch for CUDA may tell by counting devices
     _put(torch.cuda, "synchronize", lambda device=None: None)
     _put(torch.cuda, "empty_cache", lambda: None)
     _put(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)

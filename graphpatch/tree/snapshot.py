@@ -30,6 +30,9 @@ WRAPPERS = {
 }
 """Transparent wrappers: class name -> the child that holds the module they wrap."""
 
+EMPTY = {name: "megatron.core.transformer.identity_op" for name in ("IdentityOp", "IdentityFuncOp")}
+"""What stands where a model has nothing: class name -> the module it is from. Not in the tree, as None is not."""
+
 _BUFFERS = object()
 """Stands between the parameters and the buffers of a module."""
 
@@ -68,6 +71,7 @@ class _Shape:
     special: bool
     """Wrapped, patched, or without plain dicts of children and parameters, as a ScriptModule."""
     only_patched: bool
+    empty: bool
     layouts: dict[tuple[type, ...], _Layout]
 
 
@@ -112,6 +116,8 @@ class _Walk:
             further: tuple[Any, ...] = ()
             record = None
             if shape.special:
+                if shape.empty and parent >= 0:
+                    continue
                 if shape.only_patched and not as_patched:
                     record = entries["_graphpatch"]
                 if record is None or getattr(record, "original", None) is not None:
@@ -227,8 +233,9 @@ class _Walk:
                 public=public,
                 read=_reader(public),
                 notes=frozenset(notes),
-                special="_graphpatch" in entries or not ordinary,
+                special="_graphpatch" in entries or not ordinary or cls.__qualname__ in EMPTY,
                 only_patched="_graphpatch" in entries and ordinary,
+                empty=EMPTY.get(cls.__qualname__) == cls.__module__,
                 layouts={},
             )
         self._shapes[cls] = shape

@@ -61,6 +61,7 @@ _MEANINGS = {
     "GP663": "reading a checkpoint failed half-way",
     "GP660": "what `using` names does not exist, or does not fit what it is given",
     "GP442": "the target of `rope.scale` is no rotary embedding",
+    "GP467": "a model of megatron-core does not give its output layer the last hidden states alone",
     "GP564": "the target of `rope.scale` has positions that it cannot stretch, or not so",
     "GP443": "the target checkpoints itself",
     "GP555": "the target of `qk_norm` projects by no `q_proj` and `k_proj`",

@@ -12,10 +12,10 @@ from torch import nn
 
 from ..patch.apply import apply_bound
 from ..patch.patch import Patch
-from ..plan.freeze import Grads
 from ..plan.plan import Plan, Step
 from ..plan.ruleset import RuleSet, load
 from ..tree.tree import Tree
+from .freeze import freeze_anew, part_of_grads
 from .ranks import agree, all_or_none, alone, refuse_different, told
 from .recompute import let_gradients_in
 from .whole import expert_rank, merged, numbered
@@ -104,6 +104,7 @@ def _carried_out(whole: Plan, chunks: Sequence[nn.Module], trees: Sequence[Tree]
     try:
         for chunk, tree in zip(chunks, trees):
             done.append(_agreed(_part(whole, tree), chunk, tree, initialise))
+        freeze_anew(whole, chunks, done)
     except Exception:
         for patch in reversed(done):
             patch.revert()
@@ -149,18 +150,14 @@ def _part(whole: Plan, tree: Tree) -> Plan:
     here = {node: at for node, path in enumerate(whole.tree.paths) if (at := tree.find(path)) is not None}
     there = {at: node for node, at in here.items()}
 
+    at_end = tree.signature(0).attributes.get("post_process") is not False
+
     def local(steps: Sequence[Step]) -> list[Step]:
-        found = (replace(step, nodes=[here[node] for node in step.nodes if node in here]) for step in steps)
+        mine = (step for step in steps if at_end or not (step.op.at_end and step.nodes == [0]))
+        found = (replace(step, nodes=[here[node] for node in step.nodes if node in here]) for step in mine)
         return [step for step in found if step.nodes]
 
-    grads = whole.grads
-    if grads is not None:
-        nodes = [there[at] for at in range(len(tree))]
-        grads = Grads(
-            bytearray(grads.own[node] for node in nodes),
-            bytearray(grads.added[node] for node in nodes),
-            {(here[node], name): state for (node, name), state in grads.each.items() if node in here},
-        )
+    grads = whole.grads and part_of_grads(whole.grads, here, there)
     part = replace(whole, tree=tree, steps=local(whole.steps), already=local(whole.already), grads=grads)
     part.__dict__["id"] = whole.id  # by which the patches of all ranks are one
     return part

@@ -17,6 +17,8 @@ Pool = Literal["last", "mean", "cls", "max", "pooler"]
 
 _MODEL = "transformers.modeling_utils.PreTrainedModel"
 _LINEAR = "torch.nn.modules.linear.Linear"
+_MEGATRON = "megatron.core.models.common.language_module.language_module.LanguageModule"
+_MEGATRON_LINEAR = "megatron.core.tensor_parallel.layers.ColumnParallelLinear"
 _WIDTHS = ("word_embed_proj_dim", *WIDTHS)
 """What a config calls the width of a model's last hidden states; OPT projects them first."""
 
@@ -28,11 +30,14 @@ class Head(Op):
     the model that the output layer belongs to. An output layer that is named is kept, under its keys, and not called.
     """
 
-    accepts: ClassVar = {_MODEL: "", _LINEAR: ""}
+    accepts: ClassVar = {_MODEL: "", _LINEAR: "", _MEGATRON: "", _MEGATRON_LINEAR: ""}
+    at_end: ClassVar[bool] = True
     level: ClassVar[int] = 30
     on_transformers: ClassVar[str]
-    """The rewrite for a model of Transformers, and for any other; empty where there is none."""
+    """The rewrites for a model of Transformers, for any other, and for one of megatron-core; empty where there is
+    none."""
     on_others: ClassVar[str] = ""
+    on_megatron: ClassVar[str] = ""
 
     at: Text | None = Field(default=None, kw_only=True)
     """The output layer that is not called any more, by its path; filled in from the target of the rule."""
@@ -40,18 +45,21 @@ class Head(Op):
     """Features of the last hidden states; the config's unless given."""
 
     def seat(self, above: Sequence[Signature]) -> int:
-        models = [number for number, signature in enumerate(above) if _MODEL in signature.mro]
+        kinds = {_MODEL, _MEGATRON}
+        models = [number for number, signature in enumerate(above) if kinds.intersection(signature.mro)]
         # A bare encoder stands within a model with a head, and both are models: the nearest that is above the target.
         return models[-1] if models else 0
 
     def resolved(self, target: Target) -> Op:
-        if not is_transformers(target):
+        if not is_transformers(target) and not (self.on_megatron and is_megatron(target)):
             self._refuse_elsewhere(target)
         at = target.path_in_seat or self.at
         return self.model_copy(update={"at": at, "hidden": self.hidden or _width(target, self.op)})
 
     def through(self, target: Target, row: str) -> str:
-        return self.on_transformers if is_transformers(target) else self.on_others
+        if is_transformers(target):
+            return self.on_transformers
+        return self.on_megatron if is_megatron(target) else self.on_others
 
     def _refuse_elsewhere(self, target: Target) -> None:
         name = target.seat.cls or "the model"
@@ -92,6 +100,11 @@ def is_transformers(target: Target) -> bool:
     return _MODEL in target.seat.mro
 
 
+def is_megatron(target: Target) -> bool:
+    """Whether it stands on a language model of megatron-core."""
+    return _MEGATRON in target.seat.mro
+
+
 def linear(name: str, inputs: int, outputs: int, bias: bool, dtype: str) -> dict[str, Tensor]:
     """The tensors of an `nn.Linear` of that name."""
     weight = {f"{name}.weight": Tensor((outputs, inputs), dtype)}
@@ -103,7 +116,7 @@ def _width(target: Target, op: str) -> int:
     text = config.get("text_config")
     for table in (text if isinstance(text, dict) else {}, config):
         for name in _WIDTHS:
-            if isinstance(table.get(name), int) and is_transformers(target):
+            if isinstance(table.get(name), int) and (is_transformers(target) or is_megatron(target)):
                 return int(table[name])
     inputs = target.signature.attributes.get("in_features")
     if isinstance(inputs, int):

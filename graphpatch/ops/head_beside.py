@@ -31,10 +31,12 @@ class Value(Beside):
     The model's output stays what it is and gains `value`, in float32: `output.value`, or `output["value"]`. The layer
     is `v_head.summary` with a bias, which are the keys that TRL's `AutoModelForCausalLMWithValueHead` has, with its
     dropout of 0.1 and its computing in float32; that puts out a tuple `(logits, loss, value)`, which here is
-    `(output.logits, output.loss, output.value)`. Schulman et al., arXiv:1707.06347; Ziegler et al., arXiv:1909.08593.
+    `(output.logits, output.loss, output.value)`. A model of megatron-core carries the head on its last stage, and puts
+    out a pair: what it did before, and the values. Schulman et al., arXiv:1707.06347; Ziegler et al., arXiv:1909.08593.
     """
 
     on_transformers: ClassVar[str] = "graphpatch.rewrites.head_beside:Valued"
+    on_megatron: ClassVar[str] = "graphpatch.megatron.head:MegatronValued"
 
     name: Text = "v_head"
     dropout: Share = 0.1
@@ -55,10 +57,12 @@ class Embed(Beside):
     The model's output gains `sentence_embedding` (B x dim), and keeps what it has. Without `dim`, or with the model's
     own width, there is no projection and nothing to train; else a linear layer `projection` without bias. `pool` is
     that of `head.classify`; a mean over the real tokens, normalised to length one, is what sentence-transformers makes
-    of its encoders (Reimers and Gurevych, arXiv:1908.10084).
+    of its encoders (Reimers and Gurevych, arXiv:1908.10084). A model of megatron-core puts out a pair: what it did
+    before, and the vectors.
     """
 
     on_transformers: ClassVar[str] = "graphpatch.rewrites.head_beside:Embedding"
+    on_megatron: ClassVar[str] = "graphpatch.megatron.head:MegatronEmbedding"
 
     dim: Count | None = None
     pool: Literal["last", "mean", "cls", "max", "pooler"] = "mean"

@@ -35,6 +35,7 @@ class ScoreHead(Head):
 
     on_transformers: ClassVar[str] = "graphpatch.rewrites.head_transformers:Scored"
     on_others: ClassVar[str] = "graphpatch.rewrites.head_plain:PlainScored"
+    on_megatron: ClassVar[str] = "graphpatch.megatron.head:MegatronScored"
     idles: ClassVar[bool] = True
 
     @property
@@ -82,7 +83,8 @@ class Classify(ScoreHead):
     `regression`; unless `problem` says which, one label is regression, whole numbers are single labels, and others
     multiple ones, as in Transformers. `config.num_labels`, `id2label` and `problem_type` say so too.
 
-    A model that is not of Transformers puts out the logits, a tensor, and its loss is its own affair.
+    A model of megatron-core carries the head on its last stage, and puts out the logits, or given `labels` the loss.
+    Any other model puts out the logits, a tensor, and its loss is its own affair.
     """
 
     labels: Count | tuple[Text, ...]

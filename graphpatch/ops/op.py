@@ -85,6 +85,8 @@ class Op(BaseModel):
     acts_on_output: ClassVar[bool] = False
     """True where all it does is to change what any module (`*`) puts out: `insert_after` and `insert_before` take it as
     an argument."""
+    at_end: ClassVar[bool] = False
+    """Of ops on the root: True where, of a model that stands on several pipeline stages, the last alone carries it."""
     exact_at_init: ClassVar[bool] = False
     """True where the patched model computes bit for bit what the original did until it is trained."""
     merges: ClassVar[bool] = False

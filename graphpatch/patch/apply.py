@@ -96,14 +96,22 @@ def apply_plan(
 
 
 def apply_bound(
-    plan: Plan, model: nn.Module, tree: Tree, *, initialise: bool = True, ready: Callable[[], None] | None = None
+    plan: Plan,
+    model: nn.Module,
+    tree: Tree,
+    *,
+    initialise: bool = True,
+    ready: Callable[[], None] | None = None,
 ) -> Patch:
-    """The same for a plan whose nodes are those of `tree`, which was taken of `model` and has its modules.
+    """The same for a plan whose nodes are those of `tree`, which was taken of `model` and has its modules; it may be a
+    part of a plan, and then what trains is decided on the whole afterwards, by the caller, where modules are added.
 
     `ready` is called when everything that can be refused was looked at, and nothing has changed yet; what it raises is
     passed on. It is not called where the model carries the plan already.
     """
-    return _carried(plan, model) or _carry_out(plan, model, tree, plan.allow_import, initialise=initialise, ready=ready)
+    return _carried(plan, model) or _carry_out(
+        plan, model, tree, plan.allow_import, initialise=initialise, ready=ready, part=True
+    )
 
 
 def _carried(plan: Plan, model: nn.Module) -> Patch | None:
@@ -121,6 +129,7 @@ def _carry_out(
     initialise: bool = True,
     batches: Iterable[Any] | None = None,
     ready: Callable[[], None] | None = None,
+    part: bool = False,
 ) -> Patch:
     root = unwrapped(model)
     nodes = [node for step in plan.steps for node in step.nodes]
@@ -137,7 +146,9 @@ def _carry_out(
     try:
         # Parameters made in inference mode could never be trained.
         with torch.inference_mode(False), torch.no_grad(), no_collection():
-            anew = any(isinstance(c, ModuleChange) or (isinstance(c, InPlaceChange) and c.children) for c in changes)
+            anew = not part and any(
+                isinstance(c, ModuleChange) or (isinstance(c, InPlaceChange) and c.children) for c in changes
+            )
             before = list(root.parameters()) if anew else []
             if plan.grads is not None and not anew:
                 # Before anything is added, what is added need not be passed over.

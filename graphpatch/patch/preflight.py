@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +55,7 @@ class Preflight:
     def changes(self, steps: Sequence[Step]) -> list[Change]:
         """Raises `ApplyError` where a step cannot be carried out."""
         self._refuse_taken(steps)
-        self._refuse_uncalled(steps)
+        self._refuse_uncalled(steps, self._uncalled_already())
         changes: list[Change] = []
         for step in steps:
             rewrite = load_rewrite(step.rewrite, step.rule)
@@ -75,6 +75,8 @@ class Preflight:
                 changes += self._replacement(step, rewrite, mark)
             else:
                 raise _error("GP515", f"{step.rewrite} is no rewrite", step)
+        uncalled = {id(module): text for change in changes for module, text in _uncalled_by(change)}
+        self._refuse_uncalled(steps, uncalled)
         # What is another module's parameter must be there first.
         return sorted(changes, key=lambda change: isinstance(change, InPlaceChange) and bool(change.shared))
 
@@ -303,8 +305,8 @@ class Preflight:
                     if mark.exclusive or step.op.exclusive or mark.slots & slots:
                         raise self._collides(step, at, mark.op, mark.rule)
 
-    def _refuse_uncalled(self, steps: Sequence[Step]) -> None:
-        """Raise where an earlier patch keeps a target from being called (GP522)."""
+    def _uncalled_already(self) -> dict[int, str]:
+        """The modules, by their ids, that an earlier patch keeps from being called, and what it put there."""
         idle: dict[int, str] = {}
         stilling: dict[int, list[Any]] = {}  # by record, which modules that were patched alike share
         for node in self.tree.marks if not self.bare else ():
@@ -314,6 +316,10 @@ class Preflight:
             for held in stilling[id(record)]:
                 for part in held.mixin.uncalled(held.entry, self.modules[node]):
                     idle |= dict.fromkeys(map(id, part.modules()), held.entry.text)
+        return idle
+
+    def _refuse_uncalled(self, steps: Sequence[Step], idle: Mapping[int, str]) -> None:
+        """Raise where a target would not be called (GP522)."""
         for step in steps if idle else ():
             for at, node in enumerate(step.nodes):
                 other = idle.get(id(self.modules[node]))
@@ -351,6 +357,14 @@ class Preflight:
         if self._device is None:
             self._device = next((p.device for p in self.modules[0].parameters()), torch.get_default_device())
         return self._device
+
+
+def _uncalled_by(change: Change) -> Iterator[tuple[nn.Module, str]]:
+    """The modules that nobody calls once a change is made, and what stands in their place."""
+    if isinstance(change, InPlaceChange) and overrides(change.mixin, "uncalled"):
+        for module in change.modules:
+            for part in change.mixin.uncalled(change.entry, module):
+                yield from ((each, change.entry.text) for each in part.modules())
 
 
 def _nth(look: Callable[[int], Any], members: Sequence[int]) -> Callable[[int], Any]:

@@ -49,6 +49,11 @@ def refreeze(plan: Plan, model: torch.nn.Module, before: Iterable[torch.nn.Param
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in old:
                 added.setdefault(node, {})[name] = tree.signature(node).parameters[name]
+    return decided(plan, tree, added)
+
+
+def decided(plan: Plan, tree: Tree, added: dict[int, dict[str, Tensor]]) -> NewTree:
+    """What the plan's freeze and train rules say of a patched tree, `added` being new in it. Raises `PlanError`."""
     _, freezes = rules_in_force(World(plan.rules.program, tree))
     match_rules(tree, freezes)
     findings: list[Diagnostic] = []

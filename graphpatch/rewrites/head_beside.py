@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..ops.head_beside import Embed, Value
 from ..ops.op import Op
-from .head import fill_linear
+from .head import OnModel, fill_linear
 from .head_states import WithStates
 from .head_transformers import check_pooler
 from .pooling import pooled
@@ -36,8 +36,8 @@ class ValueHead(nn.Module):
         return cast(Tensor, self.summary(states)).squeeze(-1).float()
 
 
-class Valued(WithStates):
-    """A value for each token."""
+class WithValue(OnModel):
+    """Holds a `ValueHead`, under the name that the op gives it."""
 
     level: ClassVar[int] = Value.level
     entries: ClassVar[str] = "_head_value"
@@ -57,6 +57,10 @@ class Valued(WithStates):
     def initialise(cls, entry: OneValue, tensors: Mapping[str, Tensor], module: nn.Module) -> None:
         fill_linear(module, tensors, f"{entry.name}.summary", entry.init)
 
+
+class Valued(WithValue, WithStates):
+    """A value for each token."""
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self._head_value:
             return super().forward(*args, **kwargs)
@@ -75,8 +79,8 @@ class Pooled(NamedTuple):
     text: str
 
 
-class Embedding(WithStates):
-    """A vector for each sequence."""
+class Projected(OnModel):
+    """Holds the projection of an embedding, where it has one."""
 
     level: ClassVar[int] = Embed.level
     entries: ClassVar[str] = "_head_embed"
@@ -90,16 +94,21 @@ class Embedding(WithStates):
         return Pooled(embed.pool, embed.normalize, embed.hidden, dim, embed.text())
 
     @classmethod
-    def check(cls, entry: Pooled, module: nn.Module) -> None:
-        check_pooler(entry.pool, module)
-
-    @classmethod
     def submodules(cls, entry: Pooled, module: nn.Module) -> Mapping[str, nn.Module]:
         return {} if entry.dim is None else {"projection": nn.Linear(entry.hidden, entry.dim, bias=False)}
 
     @classmethod
     def initialise(cls, entry: Pooled, tensors: Mapping[str, Tensor], module: nn.Module) -> None:
-        fill_linear(module, tensors, "projection", "normal")
+        if entry.dim is not None:
+            fill_linear(module, tensors, "projection", "normal")
+
+
+class Embedding(Projected, WithStates):
+    """A vector for each sequence."""
+
+    @classmethod
+    def check(cls, entry: Pooled, module: nn.Module) -> None:
+        check_pooler(entry.pool, module)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self._head_embed:

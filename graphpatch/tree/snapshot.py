@@ -30,7 +30,7 @@ WRAPPERS = {
 }
 """Transparent wrappers: class name -> the child that holds the module they wrap."""
 
-EMPTY = {name: "megatron.core.transformer.identity_op" for name in ("IdentityOp", "IdentityFuncOp")}
+EMPTY = dict.fromkeys(("IdentityOp", "IdentityFuncOp"), "megatron.core.transformer.identity_op")
 """What stands where a model has nothing: class name -> the module it is from. Not in the tree, as None is not."""
 
 _BUFFERS = object()

@@ -53,8 +53,14 @@ def batch(step: int, at: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ids[:, :-1], ids[:, 1:]
 
 
-def trained(chunks: Sequence[nn.Module], steps: int = 5, distributed_optimizer: bool = False) -> dict[str, Any]:
-    """Losses, gradient norms, the first step's gradients, and parameters at the end; the last two by global name, whole."""
+def language(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> Any:
+    return model(ids, torch.arange(LENGTH).expand(BATCH, LENGTH), None, labels=labels)
+
+
+def trained(
+    chunks: Sequence[nn.Module], steps: int = 5, distributed_optimizer: bool = False, call: Any = language
+) -> dict[str, Any]:
+    """`call` gives a model's output, whose mean is the loss. Losses, gradient norms, the first step's gradients, and parameters at the end; the last two by global name, whole."""
     config: Any = chunks[0].config
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=distributed_optimizer)
     models = [DistributedDataParallel(config, ddp, chunk) for chunk in chunks]
@@ -75,7 +81,7 @@ def trained(chunks: Sequence[nn.Module], steps: int = 5, distributed_optimizer: 
         for model in models:
             model.zero_grad_buffer()
         optimizer.zero_grad()
-        losses = _step(models, config, step)
+        losses = _step(models, config, step, call)
         if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
             found["losses"].append(sum(losses) / len(losses))
         if step == 0:
@@ -85,13 +91,12 @@ def trained(chunks: Sequence[nn.Module], steps: int = 5, distributed_optimizer: 
     return found
 
 
-def _step(models: Sequence[nn.Module], config: Any, step: int) -> list[float]:
-    positions = torch.arange(LENGTH).expand(BATCH, LENGTH)
+def _step(models: Sequence[nn.Module], config: Any, step: int, call: Any) -> list[float]:
     losses: list[float] = []
 
     def forward(data: Any, model: nn.Module) -> Any:
         ids, labels = next(data)
-        output = model(ids, positions, None, labels=labels)
+        output = call(model, ids, labels)
 
         def loss(output: torch.Tensor) -> Any:
             mean = output.float().mean()

@@ -199,7 +199,8 @@ class LoraRowParallel(LoraParallel):
 
 def _caller_reduces(module: Any) -> bool:
     """Whether the gradient of a column-parallel linear's input is summed over ranks by whoever gave it."""
-    return bool(module.explicit_expert_comm or module.disable_grad_reduce)
+    own = module.__dict__
+    return bool(own.get("explicit_expert_comm") or own.get("disable_grad_reduce"))
 
 
 def summed_backward(parameter: Tensor, module: nn.Module) -> Tensor:

@@ -15,7 +15,9 @@ Marks = dict[str, Any]
 
 def group_of(module: nn.Module) -> Any:
     """The ranks that share the module's weight: those of tensor parallelism, or of an expert's."""
-    return module.tp_group
+    own: Any = getattr(module, "tp_group", None)
+    # Transformer Engine keeps one of its own under that name, which may not be set yet.
+    return module._tp_group if own is None else own
 
 
 def size_of(module: nn.Module) -> int:
@@ -35,7 +37,9 @@ def row_stride(module: Any) -> int:
         # Models that are built without initialisation have no mark.
         names = ("ffn_hidden_size", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
         gated = {2 * width for name in names if (width := getattr(config, name, None))}
-        return 2 if module.output_size in gated else 1
+        # Of Transformer Engine's linears `out_features` are those of a rank.
+        rows = getattr(module, "output_size", None) or module.out_features * size_of(module)
+        return 2 if rows in gated else 1
     return stride
 
 

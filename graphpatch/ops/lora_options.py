@@ -12,7 +12,15 @@ if TYPE_CHECKING:
     from .lora import Lora
 
 LINEAR = frozenset({"graphpatch.rewrites.lora:LoraLinear", "graphpatch.rewrites.lora_conv1d:LoraConv1D"})
-PARALLEL = frozenset({"graphpatch.megatron.lora:LoraColumnParallel", "graphpatch.megatron.lora:LoraRowParallel"})
+ENGINE = {
+    "TEColumnParallelLinear": "graphpatch.megatron.lora_te:LoraTEColumn",
+    "TELayerNormColumnParallelLinear": "graphpatch.megatron.lora_te:LoraTELayerNormColumn",
+    "TERowParallelLinear": "graphpatch.megatron.lora_te:LoraTERow",
+}
+"""Those of Transformer Engine, as megatron-core calls them."""
+PARALLEL = frozenset(
+    {"graphpatch.megatron.lora:LoraColumnParallel", "graphpatch.megatron.lora:LoraRowParallel", *ENGINE.values()}
+)
 """The linears of megatron-core."""
 PARALLEL_EMBEDDING = "graphpatch.megatron.lora_embedding:LoraVocabParallelEmbedding"
 EMBEDDING = frozenset({"graphpatch.rewrites.lora_embedding:LoraEmbedding", PARALLEL_EMBEDDING})
@@ -21,8 +29,8 @@ TRANSPOSED_CONVOLUTION = frozenset({"graphpatch.rewrites.lora_transposed:LoraTra
 ATTENTION = frozenset({FUSED, SEPARATE})
 """Rewrites, by import path: an option has an effect where the rewrite knows it."""
 
-DORA = (LINEAR | PARALLEL | EMBEDDING | CONVOLUTION) - {PARALLEL_EMBEDDING}
-BIAS = LINEAR | PARALLEL | CONVOLUTION | TRANSPOSED_CONVOLUTION
+DORA = (LINEAR | PARALLEL | EMBEDDING | CONVOLUTION) - {PARALLEL_EMBEDDING, *ENGINE.values()}
+BIAS = (LINEAR | PARALLEL | CONVOLUTION | TRANSPOSED_CONVOLUTION) - set(ENGINE.values())
 OF_ANY = frozenset({"kaiming", "gaussian"})
 """The values of `init` that ask nothing of the target; the others are for one matrix."""
 DIVIDE = frozenset({"pissa", "olora", "loftq"})

@@ -6,6 +6,7 @@ What a module is called there, and in which layout its rows are, say the `map` s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -116,11 +117,40 @@ def _write(whole: Mapping[str, _Factors], world: World, folder: Path) -> None:
             if magnitude is not None:
                 tensors[peft_key(module, "lora_magnitude_vector")] = magnitude.clone()
             ranks[module], alphas[module] = len(a), scale * len(a)
+    count = next((n for config in world.tree.configs if (n := config.get("num_moe_experts"))), 0)
+    experts = _experts(ranks, alphas, count)
     dora = {found.magnitude is not None for found in whole.values()}
+    if experts and True in dora:
+        raise inexpressible(experts[0], "PEFT has no DoRA on experts")
     if len(dora) != 1:
         raise inexpressible(next(iter(whole), "^"), "PEFT has DoRA on all targets or on none, and here some have it")
     if rank() == 0:
-        write_files(folder, _config(ranks, alphas, dora.pop()), dict(sorted(tensors.items())))
+        write_files(folder, _config(ranks, alphas, dora.pop(), experts), dict(sorted(tensors.items())))
+
+
+_EXPERT = re.compile(r"(?P<layer>.*)\.experts\.(?P<number>\d+)\.(?P<kind>w[123]|(?:gate|up|down)_proj)")
+
+
+def _experts(ranks: Mapping[str, int], alphas: Mapping[str, float], count: int) -> list[str]:
+    """Those of the modules that are an expert's, which PEFT stacks as it loads them (`_convert_peft_config_moe` and
+    `build_peft_weight_mapping` in its utils/transformers_weight_conversion.py): all of a layer, of one rank and scale,
+    and gate and up with down alone. Layers have `count` experts. Raises `Error` (GP625) where they are not so."""
+    found = {path: match for path in ranks if (match := _EXPERT.fullmatch(path))}
+    numbers: dict[tuple[str, str], set[int]] = {}
+    for match in found.values():
+        numbers.setdefault((match["layer"], match["kind"]), set()).add(int(match["number"]))
+    for path, match in found.items():
+        layer = match["layer"]
+        if numbers[layer, match["kind"]] != set(range(count)):
+            raise inexpressible(path, "PEFT stacks the experts of a layer, and some of them have no adapter")
+        down = "w2" if match["kind"].startswith("w") else "down_proj"
+        if (layer, down) not in numbers:
+            why = f"PEFT puts gate and up of experts inside down's adapter, and `{layer}.experts` has none for {down}"
+            raise inexpressible(path, why)
+        first = next(iter(found))
+        if (ranks[path], alphas[path]) != (ranks[first], alphas[first]):
+            raise inexpressible(path, "PEFT gives all experts one rank and one scale, and here they differ")
+    return list(found)
 
 
 def _split(piece: Piece, whole: Mapping[str, _Factors]) -> Iterator[tuple[str, tuple[Tensor, Tensor, Any, float]]]:
@@ -150,8 +180,12 @@ def _split(piece: Piece, whole: Mapping[str, _Factors]) -> Iterator[tuple[str, t
             yield target.removesuffix(".weight"), (found.a, b, magnitude, found.scale)
 
 
-def _config(ranks: Mapping[str, int], alphas: Mapping[str, float], dora: bool) -> dict[str, Any]:
-    rank, alpha = commonest(ranks.values()), commonest(alphas.values())
+def _config(
+    ranks: Mapping[str, int], alphas: Mapping[str, float], dora: bool, experts: Sequence[str]
+) -> dict[str, Any]:
+    # What PEFT makes of experts has the rank of no pattern.
+    chosen = [experts[0]] if experts else list(ranks)
+    rank, alpha = commonest(ranks[path] for path in chosen), commonest(alphas[path] for path in chosen)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -13,6 +13,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -42,9 +44,12 @@ OURS = {
 }
 IDS = torch.arange(24).reshape(2, 12) * 7 % 96
 EVERY = "linear_qkv | linear_proj | linear_fc1 | linear_fc2"
+MAPS = {"mixtral": "hf_mixtral"}
 ADAPTERS = {
     "lora": f"patch {EVERY} with lora(rank=4, alpha=8)",
     "dora": f"patch {EVERY} with lora(rank=4, alpha=8, dora=true)",
+    "experts": "patch ^decoder.layers[1:3].**.local_experts[*].linear_fc2 with lora(rank=4, alpha=8)\n"
+    "patch linear_qkv with lora(rank=2)",
     "parts": 'patch linear_qkv with lora(rank=4, alpha=8, parts=["q", "v"])\n'
     'patch ^decoder.layers[1:3].mlp.linear_fc1 with lora(rank=2, parts=["up"])',
 }
@@ -57,6 +62,7 @@ def made(name: str) -> PreTrainedModel:
     kinds: dict[str, tuple[Any, Any]] = {
         "llama": (LlamaConfig, LlamaForCausalLM),
         "mistral": (MistralConfig, MistralForCausalLM),
+        "mixtral": (MixtralConfig, MixtralForCausalLM),
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     }
@@ -64,10 +70,13 @@ def made(name: str) -> PreTrainedModel:
     sizes = {k: v for k, v in SIZES.items() if name != "qwen2" or k != "head_dim"}
     if name == "qwen2":
         sizes["hidden_size"] = 64
+    if name == "mixtral":
+        rope = {"rope_type": "default", "rope_theta": 10_000.0}
+        sizes |= {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": rope}
     model = cls(config(**sizes)).eval()
     with torch.no_grad():
         for path, parameter in model.named_parameters():
-            parameter.normal_(std=0.3, mean=1.0 if "norm" in path else 0.0)
+            parameter.normal_(std=0.2 if name == "mixtral" else 0.3, mean=1.0 if "norm" in path else 0.0)
     return model
 
 
@@ -76,6 +85,8 @@ def options(name: str) -> dict[str, Any]:
         return {**OURS, "hidden_size": 64, "add_qkv_bias": True}
     if name == "qwen3":
         return {**OURS, "qk_layernorm": True}
+    if name == "mixtral":
+        return {**OURS, "num_moe_experts": 4, "moe_router_topk": 2, "moe_aux_loss_coeff": 0.0}
     return {**OURS, "tied": name.startswith("gemma")}
 
 
@@ -85,7 +96,7 @@ def exported(name: str, base: str, adapter: str, folder: str) -> Any:
         graphpatch.load_weights(graphpatch.apply(chunks, rules_of(name)), base)
         patches = graphpatch.apply(chunks, graphpatch.parse(ADAPTERS[adapter]))
     else:
-        patches = graphpatch.apply(chunks, graphpatch.parse(f"use hf_llama\n{ADAPTERS[adapter]}"))
+        patches = graphpatch.apply(chunks, graphpatch.parse(f"use {MAPS.get(name, 'hf_llama')}\n{ADAPTERS[adapter]}"))
         graphpatch.load_weights(patches, base)
     for chunk in chunks:
         fill(chunk, lambda n: "lora" in n)
@@ -135,6 +146,9 @@ def test_a_padded_vocabulary(tmp_path, layout):
         ("llama", "parts", {"tp": 2, "pp": 2}),
         ("llama", "lora", {"pp": 2, "vpp": 2}),
         ("mistral", "lora", {}),
+        ("mixtral", "lora", {}),
+        ("mixtral", "experts", {"dp": 2, "ep": 2}),
+        ("mixtral", "lora", {"tp": 2, "etp": 2}),
         ("qwen2", "lora", {"tp": 2}),
         ("qwen3", "lora", {"pp": 2}),
         ("gemma", "lora", {"tp": 2}),
@@ -158,3 +172,24 @@ def test_peft_computes_the_same(tmp_path, name, adapter, layout):
     for here in found:
         if here is not None:
             torch.testing.assert_close(here, theirs, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("rules", "why"),
+    [
+        ("patch linear_fc1 with lora(rank=4)", "has none for w2"),
+        ("patch local_experts[0].linear_fc2 with lora(rank=4)", "some of them have no adapter"),
+        ("patch local_experts[*].linear_fc2 with lora(rank=4, dora=true)", "no DoRA on experts"),
+        (
+            "patch ^decoder.layers[0].**.linear_fc2 with lora(rank=4)\n"
+            "patch ^decoder.layers[1].**.linear_fc2 with lora(rank=2)",
+            "one rank and one scale",
+        ),
+    ],
+)
+def test_what_peft_would_misread_of_experts_is_refused(tmp_path, monkeypatch, rules, why):
+    made("mixtral").save_pretrained(tmp_path / "base")
+    monkeypatch.setitem(ADAPTERS, "odd", rules)
+    with pytest.raises(AssertionError, match=f"GP625[^$]*{why}"):
+        ranks(exported, "mixtral", str(tmp_path / "base"), "odd", str(tmp_path / "adapter"))
+    assert not (tmp_path / "adapter").exists()

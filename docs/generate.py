@@ -61,6 +61,7 @@ _MEANINGS = {
     "GP663": "reading a checkpoint failed half-way",
     "GP660": "what `using` names does not exist, or does not fit what it is given",
     "GP442": "the target of `rope.scale` is no rotary embedding",
+    "GP468": "a module in the place of a parallel one would save its shards as the whole",
     "GP467": "a model of megatron-core does not give its output layer the last hidden states alone",
     "GP564": "the target of `rope.scale` has positions that it cannot stretch, or not so",
     "GP443": "the target checkpoints itself",

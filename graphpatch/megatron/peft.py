@@ -32,6 +32,7 @@ from ..rewrites.lora_base import Adapter
 from ..rewrites.spread import spread
 from ..tree.tree import Tree
 from .lora import LoraParallel
+from .lora_embedding import LoraVocabParallelEmbedding
 from .ranks import all_or_none, rank, told
 from .sharding import row_stride, whole_of
 from .whole import expert_rank, numbered
@@ -47,6 +48,8 @@ class _Factors:
     scale: float
     block: int
     """Rows of A that belong together: those of one part, where it is for parts of a linear."""
+    embedding: bool = False
+    """Of a vocabulary, whose weight is (tokens, dim): then A is (rank, dim) and B (tokens, rank)."""
 
 
 def to_peft(patch: Patch | Sequence[Patch], directory: str | PathLike[str]) -> None:
@@ -72,8 +75,12 @@ def _of(patch: Patch) -> Iterator[tuple[str, _Factors]]:
 
 
 def _whole(module: nn.Module, entry: Adapter, path: str) -> _Factors:
+    if isinstance(module, LoraVocabParallelEmbedding):
+        tokens = whole_of(module, getattr(module, entry.a), 1)
+        b = getattr(module, entry.b).detach().t()
+        return _Factors(b.cpu(), tokens.t().cpu(), None, entry.scale, entry.rank, embedding=True)
     if not isinstance(module, LoraParallel):
-        raise inexpressible(path, "an adapter over a vocabulary is not exported from ranks")
+        raise inexpressible(path, f"{type(module).__name__} is not exported from ranks")
     if entry.bias:
         raise inexpressible(path, "its B has a bias, which PEFT has on all targets or on none")
     a, b = getattr(module, entry.a), getattr(module, entry.b)
@@ -111,9 +118,14 @@ def _write(whole: Mapping[str, _Factors], world: World, folder: Path) -> None:
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for piece in restored(world, shapes):
+        embedding = whole[piece.sources[0].removesuffix(".weight")].embedding
         for module, (a, b, magnitude, scale) in _split(piece, whole):
-            tensors[peft_key(module, "lora_A.weight")] = a.clone()
-            tensors[peft_key(module, "lora_B.weight")] = b.clone()
+            if embedding:
+                tensors[peft_key(module, "lora_embedding_A")] = b.t().contiguous()
+                tensors[peft_key(module, "lora_embedding_B")] = a.t().contiguous()
+            else:
+                tensors[peft_key(module, "lora_A.weight")] = a.clone()
+                tensors[peft_key(module, "lora_B.weight")] = b.clone()
             if magnitude is not None:
                 tensors[peft_key(module, "lora_magnitude_vector")] = magnitude.clone()
             ranks[module], alphas[module] = len(a), scale * len(a)

@@ -17,12 +17,13 @@ OVER_RANKS: Mapping[str, Mapping[str, str]] = {
         "apply": "graphpatch.megatron.over_ranks:apply",
         "slots": "graphpatch.megatron.weights:slots",
         "to_peft": "graphpatch.megatron.peft:to_peft",
+        "replacing": "graphpatch.megatron.guard:refuse_other_shards",
     },
 }
 """By qualified class name; the first of a model's MRO that stands here decides."""
 
 
-def over_ranks(model: Any, what: Literal["apply", "slots", "to_peft"]) -> Callable[..., Any] | None:
+def over_ranks(model: Any, what: Literal["apply", "slots", "to_peft", "replacing"]) -> Callable[..., Any] | None:
     """What does this to a model of which this process has a part, or a list of parts; None for any other."""
     several = isinstance(model, (list, tuple, nn.ModuleList)) and len(model) > 0
     part = unwrapped(model[0] if several else model)

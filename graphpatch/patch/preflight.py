@@ -23,6 +23,7 @@ from .drift import drifted
 from .fast_path import FastPathChange
 from .imports import brief, load_permitted, load_rewrite
 from .in_place import Factory, InPlaceChange
+from .over_ranks import over_ranks
 from .record import RECORD, record_of
 from .refuse import refuse_bypassed, refuse_class, refuse_offloaded
 
@@ -242,12 +243,15 @@ class Preflight:
         path = rewrite.imports(step.op)
         cls = load_permitted(path, self.allowed, step.rule) if path else None
         originals = [self.modules[node] for node in step.nodes]
+        guard = over_ranks(self.modules[0], "replacing")
         new: list[nn.Module] = []
         for at, module in enumerate(originals):
             refuse_bypassed(module, self._path(step, at), step.rule)
             refuse_offloaded(module, self._path(step, at), step.rule)
             try:
                 made = rewrite.build(step.op, cls, module, self._device_of(module))
+                if guard is not None and isinstance(made, nn.Module):
+                    guard(module, made)
             except Error:
                 raise
             except Refusal as refusal:

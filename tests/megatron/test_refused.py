@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from torch import nn
 
 import graphpatch
 
 from .models import gpt
-from .pool import one
+from .pool import one, ranks
+from .training import chunks_of
 
 ATTENTION = "patch core_attention with "
 
@@ -60,3 +62,41 @@ EXTENSIONS = "megatron.core.extensions.transformer_engine"
 def test_it_is_refused_and_nothing_has_changed(code, rules, said, moved):
     text, same, taken = one(told, rules, said, moved)
     assert code in text and same and taken
+
+
+class Halved(nn.Module):
+    """Halves what a linear puts out, and says nothing of shards."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output, bias = self.inner(*args, **kwargs)
+        return output / 2, bias
+
+
+class Sharded(Halved):
+    """The same, and does."""
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        return self.inner.sharded_state_dict(f"{prefix}inner.", sharded_offsets, metadata)  # type: ignore[operator]
+
+
+def wrapped(cls: str, target: str) -> tuple[str, bool]:
+    (chunk,) = chunks_of()
+    before = list(chunk.state_dict())
+    rules = graphpatch.parse(f'patch ^decoder.layers[1].**.{target} with wrap(class="{__name__}.{cls}")')
+    try:
+        graphpatch.apply(chunk, rules, allow_import="tests.*")
+    except graphpatch.Error as error:
+        return error.code, list(chunk.state_dict()) == before
+    return "", list(chunk.state_dict()) == before
+
+
+@pytest.mark.parametrize("target", ["linear_proj", "linear_fc1"])
+def test_a_wrapper_that_would_save_shards_as_the_whole(target):
+    assert ranks(wrapped, "Halved", target, tp=2) == [("GP468", True)] * 2
+    assert ranks(wrapped, "Sharded", target, tp=2) == [("", False)] * 2
+    assert ranks(wrapped, "Halved", target) == [("", False)]
+    assert ranks(wrapped, "Halved", "input_layernorm", tp=2) == [("", False)] * 2

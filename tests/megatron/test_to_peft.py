@@ -50,6 +50,7 @@ ADAPTERS = {
     "dora": f"patch {EVERY} with lora(rank=4, alpha=8, dora=true)",
     "experts": "patch ^decoder.layers[1:3].**.local_experts[*].linear_fc2 with lora(rank=4, alpha=8)\n"
     "patch linear_qkv with lora(rank=2)",
+    "vocabulary": "patch ^embedding.word_embeddings with lora(rank=4, alpha=8)\npatch linear_qkv with lora(rank=2)",
     "parts": 'patch linear_qkv with lora(rank=4, alpha=8, parts=["q", "v"])\n'
     'patch ^decoder.layers[1:3].mlp.linear_fc1 with lora(rank=2, parts=["up"])',
 }
@@ -145,6 +146,7 @@ def test_a_padded_vocabulary(tmp_path, layout):
         ("llama", "dora", {"tp": 2}),
         ("llama", "parts", {"tp": 2, "pp": 2}),
         ("llama", "lora", {"pp": 2, "vpp": 2}),
+        ("llama", "vocabulary", {"tp": 2, "pp": 2}),
         ("mistral", "lora", {}),
         ("mixtral", "lora", {}),
         ("mixtral", "experts", {"dp": 2, "ep": 2}),

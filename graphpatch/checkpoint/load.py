@@ -14,7 +14,7 @@ from ..lang.diagnostics import Diagnostic, Error
 from ..patch.apply import apply_plan
 from ..patch.drift import unwrapped
 from ..patch.original import unmarked
-from ..patch.over_ranks import parts
+from ..patch.over_ranks import parts, refuse_parts
 from ..patch.patch import Patch, patches
 from ..plan.plan import Plan
 from ..tree.tree import Tensor, Tree
@@ -59,6 +59,7 @@ def load_adapter(
     if isinstance(allow_import, str):
         allow_import = (allow_import,)  # as a sequence its `*` alone would permit everything
     root = unwrapped(model)
+    refuse_parts(root)
     saved = Saved.read(directory)
     tree = Tree.of(model)
     check_base(saved.made_on, tree, saved.keys, saved.folder)
@@ -120,6 +121,7 @@ def load_weights(
             raise Error(Diagnostic("GP529", "a state dict does not say the rank and scale it is of", fixes=(fix,)))
         fill(patch, dict(source), "the state dict")
         return
+    refuse_parts(patch.model)
     saved = Saved.read(source)
     name = patch.record["adapter"]
     tensors: Named = saved.tensors

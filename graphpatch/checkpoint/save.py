@@ -11,6 +11,7 @@ import torch
 
 from .. import __version__
 from ..patch.original import original_plan
+from ..patch.over_ranks import refuse_parts
 from ..patch.patch import Patch
 from ..plan.plan import Plan, Step
 from ..tree.compress import compress
@@ -37,6 +38,7 @@ def save_adapter(patch: Patch, directory: str | PathLike[str], *, hash_base: boo
     reverted or is switched off.
     """
     journal_of(patch)
+    refuse_parts(patch.model)
     plan = original_plan(patch)
     added = added_tensors(patch)
     refuse_outgrown(patch, plan, added)

@@ -81,3 +81,30 @@ def refuse_different(what: str, said: Sequence[str], fix: str) -> None:
             fixes=(fix,),
         )
     )
+
+
+def refuse_parts() -> None:
+    """Raise `ApplyError` (GP953) where this rank has a part of a model: the files of an adapter are of a whole one."""
+    from megatron.core import parallel_state
+
+    if not parallel_state.is_initialized():
+        return
+    sizes = {
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "expert": parallel_state.get_expert_model_parallel_world_size(),
+    }
+    split = [f"{name} {size}" for name, size in sizes.items() if size > 1]
+    if split:
+        raise ApplyError(
+            Diagnostic(
+                "GP953",
+                "this rank has a part of the model, and an adapter's files are of a whole one",
+                text=(f"the sizes of parallelism are {', '.join(split)}",),
+                fixes=(
+                    "graphpatch.to_peft(patch, DIR), called on every rank, writes the whole adapter",
+                    "checkpoints of MegatronStrategy, or of model.sharded_state_dict(), hold what trains, and load at "
+                    "any layout",
+                ),
+            )
+        )

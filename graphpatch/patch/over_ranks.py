@@ -17,13 +17,16 @@ OVER_RANKS: Mapping[str, Mapping[str, str]] = {
         "apply": "graphpatch.megatron.over_ranks:apply",
         "slots": "graphpatch.megatron.weights:slots",
         "to_peft": "graphpatch.megatron.peft:to_peft",
+        "files": "graphpatch.megatron.ranks:refuse_parts",
         "replacing": "graphpatch.megatron.guard:refuse_other_shards",
     },
 }
 """By qualified class name; the first of a model's MRO that stands here decides."""
 
 
-def over_ranks(model: Any, what: Literal["apply", "slots", "to_peft", "replacing"]) -> Callable[..., Any] | None:
+def over_ranks(
+    model: Any, what: Literal["apply", "slots", "to_peft", "files", "replacing"]
+) -> Callable[..., Any] | None:
     """What does this to a model of which this process has a part, or a list of parts; None for any other."""
     several = isinstance(model, (list, tuple, nn.ModuleList)) and len(model) > 0
     part = unwrapped(model[0] if several else model)
@@ -38,3 +41,11 @@ def over_ranks(model: Any, what: Literal["apply", "slots", "to_peft", "replacing
 def parts(patch: T | Sequence[T]) -> list[T]:
     """The patches of a process: one, or those of its virtual chunks."""
     return list(patch) if isinstance(patch, (list, tuple)) else [patch]  # type: ignore[list-item]
+
+
+def refuse_parts(model: nn.Module) -> None:
+    """Raise `ApplyError` where an adapter's files, which are of a whole model, cannot be written or read by this
+    process, which has a part of one."""
+    refuse = over_ranks(model, "files")
+    if refuse is not None:
+        refuse()

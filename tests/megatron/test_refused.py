@@ -100,3 +100,29 @@ def test_a_wrapper_that_would_save_shards_as_the_whole(target):
     assert ranks(wrapped, "Sharded", target, tp=2) == [("", False)] * 2
     assert ranks(wrapped, "Halved", target) == [("", False)]
     assert ranks(wrapped, "Halved", "input_layernorm", tp=2) == [("", False)] * 2
+
+
+def filed(folder: str, whole: str) -> tuple[list[str], bool]:
+    (chunk,) = chunks_of()
+    patch = graphpatch.apply(chunk, graphpatch.parse("patch linear_qkv with lora(rank=2)\nfreeze ** except @new"))
+    before = [p.detach().clone() for p in chunk.parameters()]
+    codes = []
+    for act in (
+        lambda: graphpatch.save_adapter(patch, folder),
+        lambda: graphpatch.load_weights(patch, whole),
+        lambda: graphpatch.load_adapter(chunks_of()[0], whole),
+    ):
+        try:
+            act()
+            codes.append("")
+        except graphpatch.Error as error:
+            codes.append(error.code)
+    return codes, all(map(torch.equal, before, chunk.parameters()))
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}], ids=str)
+def test_an_adapters_files_are_of_a_whole_model(tmp_path, layout):
+    assert one(filed, str(tmp_path / "whole"), str(tmp_path / "whole"))[0] == ["", "", ""]
+    found = ranks(filed, str(tmp_path / "part"), str(tmp_path / "whole"), **layout)
+    assert found == [(["GP953"] * 3, True)] * 2 and not (tmp_path / "part").exists()
+    assert ranks(filed, str(tmp_path / "whole"), str(tmp_path / "whole"), dp=2)[0][0] == ["", "", ""]

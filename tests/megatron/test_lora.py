@@ -177,6 +177,59 @@ def reloaded(rules: str, source: str, folder: str, only_adapter: bool) -> Any:
     return outputs(chunks) if chunks[0].pre_process and chunks[0].post_process else None
 
 
+def written(rules: str | None, folder: str) -> torch.Tensor | None:
+    """Save all of a model; its outputs without any adapter."""
+    chunks = built(rules, gather=True)
+    dist_checkpointing.save(entries(chunks[0]), folder)
+    for patch in graphpatch.patches(chunks[0]):
+        patch.revert()
+    return outputs(chunks) if chunks[0].pre_process and chunks[0].post_process else None
+
+
+def read(rules: str | None, folder: str) -> torch.Tensor | None:
+    """The outputs of a model, any adapter aside, whose base is what a checkpoint has of it."""
+    chunks = built(rules, gather=True)
+    with torch.no_grad():
+        for name, parameter in chunks[0].named_parameters():
+            if "lora" not in name:
+                parameter.fill_(7)
+    held = {name: entry for name, entry in entries(chunks[0]).items() if "lora" not in name}
+    missing, unexpected = chunks[0].load_state_dict(dist_checkpointing.load(held, folder), strict=False)
+    assert not unexpected and all("lora" in name or "_extra_state" in name for name in missing)
+    for patch in graphpatch.patches(chunks[0]):
+        patch.revert()
+    return outputs(chunks) if chunks[0].pre_process and chunks[0].post_process else None
+
+
+@pytest.mark.parametrize("first", [None, RULES["dora"]], ids=["stock", "patched"])
+def test_base_checkpoints_fit_with_an_adapter_and_without(tmp_path, first):
+    want = next(out for out in ranks(written, first, str(tmp_path), tp=2) if out is not None)
+    other = RULES["dora"] if first is None else None
+    for layout in ({}, {"tp": 2}, {"tp": 2, "pp": 2}):
+        for out in ranks(read, other, str(tmp_path), **layout):
+            if out is not None:
+                torch.testing.assert_close(out, want, rtol=0, atol=1e-5)
+
+
+def of_odd_length(rules: str) -> dict[str, torch.Tensor]:
+    """Eleven tokens, which two ranks do not share evenly: outputs, and the factors' gradients."""
+    (chunk,) = built(rules, gather=True)
+    ids = torch.arange(BATCH * 11).reshape(BATCH, 11) % VOCABULARY
+    out = chunk(ids, torch.arange(11).expand(BATCH, 11), None)
+    out.square().mean().backward()
+    grads = {n: gathered(p, p.grad) for n, p in chunk.named_parameters() if p.requires_grad}
+    return {"out": out.detach(), **grads}
+
+
+@pytest.mark.parametrize("kind", ["lora", "parts"])
+def test_token_counts_that_ranks_do_not_share_evenly(kind):
+    alone = one(of_odd_length, RULES[kind])
+    for found in ranks(of_odd_length, RULES[kind], tp=2):
+        assert found.keys() == alone.keys()
+        for name, value in alone.items():
+            torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5)
+
+
 def as_if_replicated(rules: str, source: str | None, folder: str) -> Any:
     plain = factors._sharded
     factors._sharded = lambda module, key, tensor, dim, metadata: plain(module, key, tensor, None, metadata)

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from ..ops.head import Head
 from ..ops.op import Refusal
-from ..rewrites.head_beside import OneValue, Pooled, Projected, WithValue
+from ..rewrites.head import OnModel
+from ..rewrites.head_beside import Pooled, Projected, WithValue
 from ..rewrites.head_losses import loss_of
 from ..rewrites.pooling import last, pooled
 from ..rewrites.rewrite import InPlace
@@ -43,23 +44,32 @@ class Seeing(InPlace):
         return super().forward(input_, *args, **kwargs)
 
 
-class MegatronScored(Scores):
-    """Puts out the scores of sequences (B x labels) or tokens (B x S x labels), or given `labels` their loss, a number.
+class OnLastStage(OnModel):
+    """Reads what the output layer is given."""
 
-    The arguments are the model's own; `labels` are those of the head."""
+    calls: ClassVar[bool] = True
+    """Whether the output layer computes, too."""
 
     @classmethod
-    def check(cls, entry: Scoring, module: nn.Module) -> None:
+    def check(cls, entry: Any, module: nn.Module) -> None:
         check_model(module)
 
     @classmethod
-    def initialise(cls, entry: Scoring, tensors: Mapping[str, Tensor], module: nn.Module) -> None:
+    def initialise(cls, entry: Any, tensors: Mapping[str, Tensor], module: nn.Module) -> None:
         with drawn_alike(output_layer(module)):
             super().initialise(entry, tensors, module)
 
     @classmethod
-    def companions(cls, entry: Scoring, module: nn.Module) -> Iterable[tuple[nn.Module, type[InPlace], Any]]:
-        return [(output_layer(module), Seeing, Seen(False, f"not called: {entry.op}"))]
+    def companions(cls, entry: Any, module: nn.Module) -> Iterable[tuple[nn.Module, type[InPlace], Any]]:
+        return [(output_layer(module), Seeing, Seen(cls.calls, "" if cls.calls else f"not called: {entry.op}"))]
+
+
+class MegatronScored(OnLastStage, Scores):
+    """Puts out the scores of sequences (B x labels) or tokens (B x S x labels), or given `labels` their loss, a number.
+
+    The arguments are the model's own; `labels` are those of the head."""
+
+    calls: ClassVar[bool] = False
 
     @classmethod
     def uncalled(cls, entry: Scoring, module: nn.Module) -> Iterable[nn.Module]:
@@ -82,21 +92,8 @@ class MegatronScored(Scores):
         return logits if labels is None else loss_of(logits, labels, head.problem)
 
 
-class MegatronValued(WithValue):
+class MegatronValued(OnLastStage, WithValue):
     """Puts out a pair: what the model does, and a value for each token (B x S)."""
-
-    @classmethod
-    def check(cls, entry: OneValue, module: nn.Module) -> None:
-        check_model(module)
-
-    @classmethod
-    def initialise(cls, entry: OneValue, tensors: Mapping[str, Tensor], module: nn.Module) -> None:
-        with drawn_alike(output_layer(module)):
-            super().initialise(entry, tensors, module)
-
-    @classmethod
-    def companions(cls, entry: OneValue, module: nn.Module) -> Iterable[tuple[nn.Module, type[InPlace], Any]]:
-        return [(output_layer(module), Seeing, Seen(True))]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
@@ -106,23 +103,14 @@ class MegatronValued(WithValue):
         return output, getattr(self, self._head_value[0].name)(states)
 
 
-class MegatronEmbedding(Projected):
+class MegatronEmbedding(OnLastStage, Projected):
     """Puts out a pair: what the model does, and a vector for each sequence (B x dim)."""
 
     @classmethod
     def check(cls, entry: Pooled, module: nn.Module) -> None:
-        check_model(module)
+        super().check(entry, module)
         if entry.pool == "pooler":
             raise Refusal("it has no pooler", 'pool="last", "mean", "max" or "cls"', code="GP450")
-
-    @classmethod
-    def initialise(cls, entry: Pooled, tensors: Mapping[str, Tensor], module: nn.Module) -> None:
-        with drawn_alike(output_layer(module)):
-            super().initialise(entry, tensors, module)
-
-    @classmethod
-    def companions(cls, entry: Pooled, module: nn.Module) -> Iterable[tuple[nn.Module, type[InPlace], Any]]:
-        return [(output_layer(module), Seeing, Seen(True))]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,8 @@ from .drift import drifted
 from .fast_path import FastPathChange
 from .imports import brief, load_permitted, load_rewrite
 from .in_place import Factory, InPlaceChange
+from .in_the_way import refuse_taken, refuse_uncalled, step_error, uncalled_already, uncalled_by
 from .over_ranks import over_ranks
-from .record import RECORD, record_of
 from .refuse import refuse_bypassed, refuse_class, refuse_offloaded
 
 if TYPE_CHECKING:
@@ -55,14 +55,14 @@ class Preflight:
 
     def changes(self, steps: Sequence[Step]) -> list[Change]:
         """Raises `ApplyError` where a step cannot be carried out."""
-        self._refuse_taken(steps)
-        self._refuse_uncalled(steps, self._uncalled_already())
+        refuse_taken(self.tree, steps, self.bare)
+        refuse_uncalled(self.tree, steps, {} if self.bare else uncalled_already(self.tree))
         changes: list[Change] = []
         for step in steps:
             rewrite = load_rewrite(step.rewrite, step.rule)
             mark = Mark(self.plan_id, step.rule, step.op.text(), step.slots, step.op.exclusive)
             if step.parameter is not None and not issubclass(rewrite, InPlace):
-                raise _error("GP515", f"`{step.op.op}` has no way to act on a parameter", step)
+                raise step_error("GP515", f"`{step.op.op}` has no way to act on a parameter", step)
             if issubclass(rewrite, InPlace):
                 changes += self._in_place(step, rewrite, mark)
             elif issubclass(rewrite, Attributes):
@@ -75,9 +75,8 @@ class Preflight:
             elif issubclass(rewrite, Replacement):
                 changes += self._replacement(step, rewrite, mark)
             else:
-                raise _error("GP515", f"{step.rewrite} is no rewrite", step)
-        uncalled = {id(module): text for change in changes for module, text in _uncalled_by(change)}
-        self._refuse_uncalled(steps, uncalled)
+                raise step_error("GP515", f"{step.rewrite} is no rewrite", step)
+        refuse_uncalled(self.tree, steps, uncalled_by(changes))
         # What is another module's parameter must be there first.
         return sorted(changes, key=lambda change: isinstance(change, InPlaceChange) and bool(change.shared))
 
@@ -195,7 +194,7 @@ class Preflight:
 
     def _refuse_sharded(self, weight: Any, step: Step, at: int) -> None:
         if "DTensor" in (c.__name__ for c in type(weight).__mro__):
-            raise _error(
+            raise step_error(
                 "GP511",
                 f"the weight of `{self._path(step, at)}` is a DTensor, already sharded",
                 step,
@@ -223,7 +222,7 @@ class Preflight:
         for at, (module, mine) in enumerate(zip(modules, values)):
             missing = [name for name in mine if name not in module.__dict__]
             if missing:
-                raise _error("GP516", f"`{self._path(step, at)}` holds no plain attribute `{missing[0]}`", step)
+                raise step_error("GP516", f"`{self._path(step, at)}` holds no plain attribute `{missing[0]}`", step)
             originals.append({name: module.__dict__[name] for name in mine})
         return AttributeChange(mark, step.nodes, modules, values, originals)
 
@@ -232,11 +231,13 @@ class Preflight:
         for at in range(len(modules)):
             if self._look(step, modules, set(), at).type == "meta":
                 why = f"`{self._path(step, at)}` is on the meta device, and has no values"
-                raise _error("GP542", why, step, fix="load the base's weights first; a plan needs none")
+                raise step_error("GP542", why, step, fix="load the base's weights first; a plan needs none")
             weight = modules[at]._parameters.get("weight")
             if is_quantised(weight):  # a tree has only the dtype that it computes in
                 why = f"the weight of `{self._path(step, at)}` is quantised already ({type(weight).__name__})"
-                raise _error("GP462", why, step, fix="leave it out: lora(...) alone takes a quantised base as it is")
+                raise step_error(
+                    "GP462", why, step, fix="leave it out: lora(...) alone takes a quantised base as it is"
+                )
         return WeightChange(mark, step.nodes, modules, partial(rewrite.values, step.op), rewrite.keeps(step.op))
 
     def _replacement(self, step: Step, rewrite: type[Replacement], mark: Mark) -> list[Change]:
@@ -257,11 +258,11 @@ class Preflight:
             except Refusal as refusal:
                 raise self._refused(step, at, refusal) from None
             except Exception as error:
-                raise _error(
+                raise step_error(
                     "GP506", f"{path} could not be built for `{self._path(step, at)}`", step, brief(error)
                 ) from error
             if not isinstance(made, nn.Module):
-                raise _error("GP506", f"{path} makes {type(made).__name__}, no torch.nn.Module", step)
+                raise step_error("GP506", f"{path} makes {type(made).__name__}, no torch.nn.Module", step)
             new.append(made)
         places = self._places(step.nodes)
         changes: list[Change] = [ModuleChange(mark, step.nodes, originals, new, places)]
@@ -288,62 +289,8 @@ class Preflight:
                 places[node].append((parent, name))
         return [[(self.modules[parent], name) for parent, name in places[node]] for node in nodes]
 
-    # ── what stands in the way ──
-    def _refuse_taken(self, steps: Sequence[Step]) -> None:
-        """Raise where a target carries, or will, an op that takes the same slot, or that suffers no other (GP504)."""
-        claimed: dict[int, list[Step]] = defaultdict(list)
-        several = len(set().union(*(step.nodes for step in steps))) < sum(len(step.nodes) for step in steps)
-        for step in steps:
-            slots = step.slots
-            for at, node in enumerate(step.nodes) if several else ():
-                for other in claimed[node]:
-                    shared = other.slots & slots or other.adds.keys() & step.adds.keys()
-                    if shared or other.op.exclusive or step.op.exclusive:
-                        raise self._collides(step, at, other.op.text(), other.rule)
-                claimed[node].append(step)
-            modules = self.modules
-            for at in (
-                [at for at, node in enumerate(step.nodes) if RECORD in modules[node].__dict__] if not self.bare else ()
-            ):
-                for mark in record_of(modules[step.nodes[at]]).marks:
-                    if mark.exclusive or step.op.exclusive or mark.slots & slots:
-                        raise self._collides(step, at, mark.op, mark.rule)
-
-    def _uncalled_already(self) -> dict[int, str]:
-        """The modules, by their ids, that an earlier patch keeps from being called, and what it put there."""
-        idle: dict[int, str] = {}
-        stilling: dict[int, list[Any]] = {}  # by record, which modules that were patched alike share
-        for node in self.tree.marks if not self.bare else ():
-            record = record_of(self.modules[node])
-            if id(record) not in stilling:
-                stilling[id(record)] = [held for held in record.held if overrides(held.mixin, "uncalled")]
-            for held in stilling[id(record)]:
-                for part in held.mixin.uncalled(held.entry, self.modules[node]):
-                    idle |= dict.fromkeys(map(id, part.modules()), held.entry.text)
-        return idle
-
-    def _refuse_uncalled(self, steps: Sequence[Step], idle: Mapping[int, str]) -> None:
-        """Raise where a target would not be called (GP522)."""
-        for step in steps if idle else ():
-            for at, node in enumerate(step.nodes):
-                other = idle.get(id(self.modules[node]))
-                if other is not None:
-                    path = self._path(step, at)
-                    why = f"{other} stands in its place, so `{step.op.op}` there would do nothing"
-                    fix = f"leave it out: except ^{path}"
-                    raise _error("GP522", f"`{path}` is not called any more", step, why, fix)
-
-    def _collides(self, step: Step, at: int, other: str, rule: str) -> ApplyError:
-        return _error(
-            "GP504",
-            f"`{self._path(step, at)}` has {other} already",
-            step,
-            f"put there by {rule}",
-            "revert that patch first, or give this one another adapter name",
-        )
-
     def _taken(self, step: Step, at: int, name: str) -> ApplyError:
-        return _error("GP502", f"`{self._path(step, at)}` has something called `{name}` already", step)
+        return step_error("GP502", f"`{self._path(step, at)}` has something called `{name}` already", step)
 
     def _refused(self, step: Step, at: int, refusal: Refusal) -> ApplyError:
         title = f"`{self._path(step, at)}` cannot take {step.op.op}"
@@ -361,14 +308,6 @@ class Preflight:
         if self._device is None:
             self._device = next((p.device for p in self.modules[0].parameters()), torch.get_default_device())
         return self._device
-
-
-def _uncalled_by(change: Change) -> Iterator[tuple[nn.Module, str]]:
-    """The modules that nobody calls once a change is made, and what stands in their place."""
-    if isinstance(change, InPlaceChange) and overrides(change.mixin, "uncalled"):
-        for module in change.modules:
-            for part in change.mixin.uncalled(change.entry, module):
-                yield from ((each, change.entry.text) for each in part.modules())
 
 
 def _nth(look: Callable[[int], Any], members: Sequence[int]) -> Callable[[int], Any]:
@@ -389,8 +328,3 @@ def _is_of_encoder(signature: Signature) -> bool:
 
 
 _ENCODERS = frozenset(f"torch.nn.modules.transformer.TransformerEncoder{layer}" for layer in ("", "Layer"))
-
-
-def _error(code: str, title: str, step: Step, why: str = "", fix: str = "") -> ApplyError:
-    text = (f"{step.rule}   {step.op.text()}", *([why] if why else []))
-    return ApplyError(Diagnostic(code, title, text=text, fixes=(fix,) if fix else ()))

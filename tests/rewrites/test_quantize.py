@@ -158,3 +158,19 @@ def test_the_originals_follow_the_model_to_another_dtype():
         assert torch.equal(model(IDS).logits, expected)
     patch.revert()
     assert torch.equal(model(IDS).logits, expected)
+
+
+def test_codes_that_a_checkpoint_put_in_their_place_stay_after_disabled():
+    model, other = llama(), llama()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    dense = model(IDS).logits
+    rules = graphpatch.parse("patch {q,up}_proj with quantize.int8()\nfreeze **")
+    patch, _ = (graphpatch.apply(one, rules) for one in (model, other))
+    model.load_state_dict(other.state_dict(), assign=True)
+    wanted = other(IDS).logits
+    assert torch.equal(model(IDS).logits, wanted)
+    with patch.disabled():
+        assert not torch.equal(model(IDS).logits, wanted)
+    assert torch.equal(model(IDS).logits, wanted) and not torch.equal(wanted, dense)

@@ -83,8 +83,8 @@ def refuse_different(what: str, said: Sequence[str], fix: str) -> None:
     )
 
 
-def refuse_parts() -> None:
-    """Raise `ApplyError` (GP953) where this rank has a part of a model: the files of an adapter are of a whole one."""
+def refuse_parts(what: str) -> None:
+    """Raise `ApplyError` (GP953) where this rank has a part of a model: `what` is of a whole one."""
     from megatron.core import parallel_state
 
     if not parallel_state.is_initialized():
@@ -99,12 +99,12 @@ def refuse_parts() -> None:
         raise ApplyError(
             Diagnostic(
                 "GP953",
-                "this rank has a part of the model, and an adapter's files are of a whole one",
+                f"this rank has a part of the model, and {what} of a whole one",
                 text=(f"the sizes of parallelism are {', '.join(split)}",),
                 fixes=(
                     "graphpatch.to_peft(patch, DIR), called on every rank, writes the whole adapter",
                     "checkpoints of MegatronStrategy, or of model.sharded_state_dict(), hold what trains, and load at "
-                    "any layout",
+                    "any layout, one process too",
                 ),
             )
         )

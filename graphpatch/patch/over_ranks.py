@@ -43,9 +43,9 @@ def parts(patch: T | Sequence[T]) -> list[T]:
     return list(patch) if isinstance(patch, (list, tuple)) else [patch]  # type: ignore[list-item]
 
 
-def refuse_parts(model: nn.Module) -> None:
-    """Raise `ApplyError` where an adapter's files, which are of a whole model, cannot be written or read by this
-    process, which has a part of one."""
+def refuse_parts(model: nn.Module, what: str = "an adapter's files are") -> None:
+    """Raise `ApplyError` where files of a whole model cannot be written or read by this process, which has a part of
+    one."""
     refuse = over_ranks(model, "files")
     if refuse is not None:
-        refuse()
+        refuse(what)

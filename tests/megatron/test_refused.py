@@ -111,6 +111,7 @@ def filed(folder: str, whole: str) -> tuple[list[str], bool]:
         lambda: graphpatch.save_adapter(patch, folder),
         lambda: graphpatch.load_weights(patch, whole),
         lambda: graphpatch.load_adapter(chunks_of()[0], whole),
+        lambda: graphpatch.save_weights(patch, f"{folder}/weights"),
     ):
         try:
             act()
@@ -122,7 +123,7 @@ def filed(folder: str, whole: str) -> tuple[list[str], bool]:
 
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}], ids=str)
 def test_an_adapters_files_are_of_a_whole_model(tmp_path, layout):
-    assert one(filed, str(tmp_path / "whole"), str(tmp_path / "whole"))[0] == ["", "", ""]
+    assert one(filed, str(tmp_path / "whole"), str(tmp_path / "whole"))[0] == ["", "", "", ""]
     found = ranks(filed, str(tmp_path / "part"), str(tmp_path / "whole"), **layout)
-    assert found == [(["GP953"] * 3, True)] * 2 and not (tmp_path / "part").exists()
-    assert ranks(filed, str(tmp_path / "whole"), str(tmp_path / "whole"), dp=2)[0][0] == ["", "", ""]
+    assert found == [(["GP953"] * 4, True)] * 2 and not (tmp_path / "part").exists()
+    assert ranks(filed, str(tmp_path / "whole"), str(tmp_path / "whole"), dp=2)[0][0] == ["", "", "", ""]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...lang.diagnostics import Diagnostic, Error
 from ...patch.original import original_rules
-from ...patch.over_ranks import parts
+from ...patch.over_ranks import parts, refuse_parts
 from ...patch.patch import Patch
 from ...plan.maps import Piece, restored, translated
 from ...plan.rules import maps_in_force
@@ -95,9 +95,10 @@ def save_weights(patch: Patch, directory: str | PathLike[str]) -> None:
     family that the rules' maps read: the way back of `load_weights`. Its `config.json` is yours to add.
 
     Of tied weights the first is written. Raises `Error`: GP474 and GP660 where a map has no way back, GP605 for a model
-    without values.
+    without values, GP953 where this process has a part of the model.
     """
     journal_of(patch)
+    refuse_parts(patch.model, "model.safetensors is")
     held = held_by(patch.model)
     first: dict[int, str] = {}
     once = {key: tensor for key, tensor in held.items() if first.setdefault(id(tensor), key) == key}

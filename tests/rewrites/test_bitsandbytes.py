@@ -1,13 +1,10 @@
-"""LoRA on bitsandbytes' own linears, on the CPU, against PEFT on the same ones.
-
-bitsandbytes is no dependency of the tests: its one wheel carries the kernels of every GPU. The same interface is
-tested on torchao's weights in test_quantised_lora.py, wherever the tests run.
-"""
+"""LoRA on bitsandbytes' own linears, on the CPU, against PEFT on the same ones."""
 
 from __future__ import annotations
 
 import copy
 
+import bitsandbytes as bnb
 import peft
 import pytest
 import torch
@@ -15,8 +12,6 @@ from torch import nn
 
 import graphpatch
 from graphpatch.rewrites.quantised import dequantised, is_quantised, requantised
-
-bnb = pytest.importorskip("bitsandbytes")
 
 
 def model(kind: str) -> nn.Sequential:

@@ -27,12 +27,14 @@ def part_of_grads(grads: Grads, here: Mapping[int, int], there: Mapping[int, int
 
 
 def freeze_anew(whole: Plan, chunks: Sequence[nn.Module], patches: Sequence[Patch]) -> None:
-    """The freeze and train rules once more, where modules were added: on the patched model, all of it, since a rule may
-    speak of any layer. Called on every rank."""
-    if whole.grads is None or not any("." in name for step in whole.steps for name in step.adds):
+    """The freeze and train rules once more, where modules were added or took a place: on the patched model, all of it,
+    since a rule may speak of any layer. Called on every rank."""
+    brings = any(step.op.exclusive or any("." in name for name in step.adds) for step in whole.steps)
+    if whole.grads is None or not brings:
         return
     trees = [numbered(Tree.of(chunk, as_patched=True), expert_rank()) for chunk in chunks]
-    new = {name for patch in patches for name in _new(patch)}
+    # The path of each new parameter's module in the whole model, and its name.
+    new = {key.rpartition(".")[::2] for patch in patches for key in patch.adapter_state_dict()}
     said = told(([tree.to_text() for tree in trees], sorted(new)))
     now = merged([Tree.from_text(text) for text in dict.fromkeys(t for texts, _ in said for t in texts)])
     added: dict[int, dict[str, Tensor]] = {}
@@ -48,12 +50,3 @@ def freeze_anew(whole: Plan, chunks: Sequence[nn.Module], patches: Sequence[Patc
         mine = {here[node]: names for node, names in added.items() if node in here}
         set_flags(tree, own, patch._journal.flags, mine)
         set_single_flags(tree, own, patch._journal.flags)
-
-
-def _new(patch: Patch) -> list[tuple[str, str]]:
-    """The parameters that a patch added: the path of each one's module in the whole model, and its name."""
-    found = []
-    for key in patch.adapter_state_dict():
-        path, _, name = key.rpartition(".")
-        found.append((path, name))
-    return found

@@ -127,3 +127,24 @@ def test_an_adapters_files_are_of_a_whole_model(tmp_path, layout):
     found = ranks(filed, str(tmp_path / "part"), str(tmp_path / "whole"), **layout)
     assert found == [(["GP953"] * 4, True)] * 2 and not (tmp_path / "part").exists()
     assert ranks(filed, str(tmp_path / "whole"), str(tmp_path / "whole"), dp=2)[0][0] == ["", "", "", ""]
+
+
+class Gained(Sharded):
+    """With a parameter of its own."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__(inner)
+        self.gain = nn.Parameter(torch.ones(()))
+
+
+def trains(rules: str) -> list[str]:
+    (chunk,) = chunks_of()
+    text = f'patch ^decoder.layers[3].**.linear_proj with wrap(class="{__name__}.Gained")\n{rules}'
+    graphpatch.apply(chunk, graphpatch.parse(text), allow_import="tests.*")
+    return [name.rpartition(".")[2] for name, p in chunk.named_parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize(("rules", "names"), [("freeze **", []), ("freeze ** except @new", ["gain"])])
+def test_a_wrappers_own_parameters_train_as_the_rules_say(rules, names):
+    assert one(trains, rules) == names
+    assert ranks(trains, rules, pp=2) == [[], names]

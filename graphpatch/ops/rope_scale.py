@@ -27,8 +27,8 @@ _HINTS = {
     "longrope": "two lists, each with a number for each pair of features that are rotated",
     "llama3": "1.0 and 4.0 in Llama 3.1",
 }
-_ORIGINAL = "original_max_position_embeddings"
-_OF_A_KIND = {"rope_type", "type", "factor", _ORIGINAL, "mscale", "mscale_all_dim"}.union(*_TAKES.values())
+ORIGINAL = "original_max_position_embeddings"
+_OF_A_KIND = {"rope_type", "type", "factor", ORIGINAL, "mscale", "mscale_all_dim"}.union(*_TAKES.values())
 """What a set of `rope_parameters` says of the way it is stretched; all else it says stays."""
 _WHOLE = "full_attention"
 
@@ -121,7 +121,7 @@ class RopeScale(Op):
         found = {name: value for name, value in before.items() if same or name not in _OF_A_KIND}
         found |= {"rope_type": kind, "factor": self.factor}
         if "original" in _TAKES[self.kind]:
-            found[_ORIGINAL] = self.original or before.get(_ORIGINAL) or positions
+            found[ORIGINAL] = self.original or before.get(ORIGINAL) or positions
         given = {name: getattr(self, name) for name in sorted(_TAKES[self.kind] - {"original"})}
         lists = {name: list(value) for name, value in given.items() if isinstance(value, tuple)}
         return found | {name: value for name, value in given.items() if value is not None} | lists

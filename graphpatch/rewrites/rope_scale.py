@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..ops.op import Op, Refusal
-from ..ops.rope_scale import RopeScale
+from ..ops.rope_scale import ORIGINAL, RopeScale
 from .rewrite import Replacement
 
 
@@ -44,10 +44,10 @@ class RopeScaled(Replacement):
                 code="GP564",
             )
         new = copy.deepcopy(config)
-        original = getattr(new, _ORIGINAL, None)
+        original = getattr(new, ORIGINAL, None)
         made = scale.parameters(before, original or new.max_position_embeddings)
-        if original is not None and _ORIGINAL in made:
-            setattr(new, _ORIGINAL, made[_ORIGINAL])  # which wins over the parameters, in Phi 3
+        if original is not None and ORIGINAL in made:
+            setattr(new, ORIGINAL, made[ORIGINAL])  # which wins over the parameters, in Phi 3
         new.rope_parameters = {**every, of: made} if of else made
         with torch.device(device):
             built: nn.Module = type(module)(config=new)
@@ -55,4 +55,3 @@ class RopeScaled(Replacement):
 
 
 _KNOWN = {"default", "linear", "dynamic", "yarn", "longrope", "llama3"}
-_ORIGINAL = "original_max_position_embeddings"

@@ -68,8 +68,7 @@ def load_base(patch: Patch | Sequence[Patch], source: str | PathLike[str] | Mapp
     here = [slot.tensor for slot in targets.values() if slot.tensor is not None]
     places = None
     if any(tensor.is_meta for tensor in here):
-        for model in models:
-            fill_unsaved(model, here)
+        fill_unsaved(models, here)
         places = Places(models)
     done = 0
     try:

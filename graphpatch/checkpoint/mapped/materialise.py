@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -36,48 +36,43 @@ class Places:
             held[name] = made
 
 
-def fill_unsaved(model: nn.Module, saved: Collection[Tensor]) -> Callable[[], None]:
-    """Give memory and values to what a checkpoint does not hold: buffers that the model computes when it is built, such
+def fill_unsaved(models: Sequence[nn.Module], saved: Collection[Tensor]) -> None:
+    """Give memory and values to what a checkpoint does not hold: buffers that a model computes when it is built, such
     as rotary frequencies. A model of Transformers computes them again in its `_init_weights`.
 
-    Returns what takes that back. Raises `Error` (GP616), and takes it back, where one stays without values.
+    Raises `Error` (GP616), with all as it was, where one stays without values.
     """
     known = set(map(id, saved))
-    lacking = {
-        module: {name: b for name, b in module._buffers.items() if b is not None and b.is_meta and id(b) not in known}
-        for module in model.modules()
-    }
-    lacking = {module: buffers for module, buffers in lacking.items() if buffers}
-
-    def back() -> None:
-        for module, buffers in lacking.items():
-            module._buffers.update(buffers)
-
-    parameter = next((n for n, p in model.named_parameters() if p.is_meta and id(p) not in known), None)
+    parameter = next((n for m in models for n, p in m.named_parameters() if p.is_meta and id(p) not in known), None)
     if parameter is not None:
         raise on_meta(parameter)
-    compute = getattr(model, "_init_weights", None)
-    for module, buffers in lacking.items():
+    before = [
+        (model, path, module, {name: b for name, b in module._buffers.items() if _lacks(b, known)})
+        for model in models
+        for path, module in model.named_modules()
+    ]
+    for model, _, module, buffers in before:
         module._buffers.update({name: _unset(buffer) for name, buffer in buffers.items()})
-        if compute is not None:
+        compute = getattr(model, "_init_weights", None)
+        if buffers and compute is not None:
             with torch.no_grad():
                 compute(module)
-    left = next(_still_unset(model, lacking), None)
+    left = next((f"{path}.{n}" for _, path, m, held in before for n, b in held.items() if _is_unset(m, n, b)), None)
     if left is not None:
-        back()
-        title = f"`{left}` is on the meta device, and a checkpoint has no values for it"
+        for _, _, module, buffers in before:
+            module._buffers.update(buffers)
+        title = f"`{left.removeprefix('.')}` is on the meta device, and a checkpoint has no values for it"
         fix = "it is computed where the model is built: build the model on the CPU, or this module of it"
         raise Error(Diagnostic("GP616", title, fixes=(fix,)))
-    return back
 
 
-def _still_unset(model: nn.Module, lacking: Mapping[nn.Module, Mapping[str, Tensor]]) -> Iterator[str]:
-    paths = {module: path for path, module in model.named_modules()}
-    for module, buffers in lacking.items():
-        for name, before in buffers.items():
-            now = module._buffers[name]
-            if now is not None and torch.equal(now.nan_to_num(1.0), _unset(before).nan_to_num(1.0)):
-                yield f"{paths[module]}.{name}".removeprefix(".")
+def _lacks(buffer: Tensor | None, known: Collection[int]) -> bool:
+    return buffer is not None and buffer.is_meta and id(buffer) not in known
+
+
+def _is_unset(module: nn.Module, name: str, before: Tensor) -> bool:
+    now = module._buffers[name]
+    return now is not None and torch.equal(now.nan_to_num(1.0), _unset(before).nan_to_num(1.0))
 
 
 def _unset(like: Tensor) -> Tensor:

@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
 from ..ops.op import Refusal
+from ..rewrites.dora import RowsToLengths
 from ..rewrites.lora_base import Adapter, LoraModule
 from ..rewrites.lora_init import STARTS
 from ..rewrites.lora_options import LoraOfWeight
-from ..rewrites.merging import Merging, Unmergeable
+from ..rewrites.merging import Merging
 from .factors import Sharded
 from .sharding import (
     Marks,
+    Share,
     cut,
     drawn_alike,
     dropping_apart,
@@ -64,7 +66,8 @@ class LoraParallel(Sharded, LoraOfWeight):
         with drawn_alike(module):
             for part in whole.split(entry.rank):
                 STARTS[entry.init](part, b, entry.scale, lambda: module.weight, None)  # type: ignore[arg-type, return-value]
-        a.copy_(whole if cls.input_dim is None else cut(module, whole, cls.input_dim))
+        dim = cls.input_dim
+        a.copy_(whole if dim is None else cut(module, whole, Share(dim, (a.shape[dim],))))
 
     @staticmethod
     def matrix(module: nn.Module) -> Tensor:
@@ -166,15 +169,16 @@ class LoraRowParallel(LoraParallel):
         return squares.sqrt()
 
     @classmethod
-    def merging(
-        cls, entry: Adapter, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+    def merging_into(
+        cls, module: nn.Module, entry: Adapter, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
     ) -> Mapping[str, Merging]:
-        if entry.magnitude and _tensor_parallel():
-            raise Unmergeable(
-                "DoRA scales rows of which each rank has a part, and they are merged one rank at a time",
-                "load the checkpoint with tensor_model_parallel_size=1 and merge there",
-            )
-        return super().merging(entry, tensors, shapes)
+        """Called on all ranks that share the module: DoRA scales rows of which each has a part."""
+        found = dict(cls.merging(entry, tensors, shapes))
+        if entry.magnitude and size_of(module) > 1:
+            gained = cls._gained(*entry.factors(tensors.__getitem__), entry.scale, shapes.get("weight", ()))
+            norms = cls.row_norms(entry, tensors.__getitem__, module)
+            found["weight"] = RowsToLengths(gained, tensors[entry.magnitude], norms)
+        return found
 
     @property
     def _input_is_apart(self) -> bool:
@@ -225,9 +229,3 @@ def refuse_shared(module: nn.Module) -> None:
 def _multiplies_in_its_own_method(cls: type) -> bool:
     owner: Any = next((c for c in cls.__mro__ if c.__name__ in ("ColumnParallelLinear", "RowParallelLinear")), None)
     return owner is not None and "_forward_impl" in owner.forward.__code__.co_names and hasattr(owner, "_forward_impl")
-
-
-def _tensor_parallel() -> bool:
-    from megatron.core import parallel_state
-
-    return parallel_state.is_initialized() and parallel_state.get_tensor_model_parallel_world_size() > 1

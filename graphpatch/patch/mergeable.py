@@ -94,7 +94,7 @@ def _mergings(change: InPlaceChange, module: nn.Module, path: str) -> Mapping[st
     if entry is None:
         raise _cannot(path, change, "the adapter is not active", "activate it first")
     try:
-        return change.mixin.merging(entry, tensors, shapes)
+        return change.mixin.merging_into(module, entry, tensors, shapes)
     except Unmergeable as error:
         raise _cannot(path, change, str(error), *(error.fixes or (_APART,))) from None
 

@@ -36,8 +36,9 @@ class RowsToLengths(Merging):
 
     measures = True
 
-    def __init__(self, gained: LowRank, magnitude: Tensor):
-        self.gained, self.magnitude, self.columns = gained, magnitude, gained.columns
+    def __init__(self, gained: LowRank, magnitude: Tensor, norms: Tensor | None = None):
+        """`norms` are the lengths of the rows of W + s B A, where these are parts of longer ones."""
+        self.gained, self.magnitude, self.columns, self.norms = gained, magnitude, gained.columns, norms
 
     @property
     def cuts(self) -> Sequence[int]:
@@ -45,8 +46,9 @@ class RowsToLengths(Merging):
 
     def rows(self, rows: Tensor, start: int) -> Tensor:
         rows = self.gained.rows(rows, start)
-        lengths = self.magnitude[start : start + len(rows)].to(rows.dtype)
-        return rows.mul_(gain(lengths, torch.linalg.vector_norm(rows, dim=1))[:, None])
+        here = slice(start, start + len(rows))
+        norms = torch.linalg.vector_norm(rows, dim=1) if self.norms is None else self.norms[here].to(rows.dtype)
+        return rows.mul_(gain(self.magnitude[here].to(rows.dtype), norms)[:, None])
 
     def limit(self, largest: float) -> float:
         return _longest(self, largest)

@@ -138,6 +138,17 @@ class InPlace(_Module):
         raise Unmergeable("what it does is no change of a weight")
 
     @classmethod
+    def merging_into(
+        cls,
+        module: nn.Module,
+        entry: Any,
+        tensors: Mapping[str, torch.Tensor],
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> Mapping[str, Merging]:
+        """The same for a live module, of which a process may have a part."""
+        return cls.merging(entry, tensors, shapes)
+
+    @classmethod
     def measures(cls, entry: Any) -> bool:
         """Whether what it adds depends on the weight it stands beside, so that nothing may be merged into that."""
         return False

@@ -12,6 +12,7 @@ from torch import nn
 
 import graphpatch
 from graphpatch.megatron import factors, lora
+from graphpatch.patch.patch import patches
 
 from .models import BATCH, LENGTH, VOCABULARY, config, fill, gathered
 from .pool import one, ranks
@@ -289,6 +290,34 @@ def test_a_norm_fused_behind_a_linear_norms_both():
         assert {n for n in found if "grad" in n} == {"grad of lora_A", "grad of lora_B"}
         for name, value in found.items():
             torch.testing.assert_close(value, alone[name], rtol=1e-4, atol=1e-4)
+
+
+def merged(rules: str) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], bool]:
+    """Outputs beside and merged, the merged weights, and whether unmerging gives back every bit."""
+    (chunk,) = built(rules)
+    chunk.eval()
+    weights = {n: p for n, p in chunk.named_parameters() if "lora" not in n}
+    before = {n: p.detach().clone() for n, p in weights.items()}
+    ids = torch.arange(LENGTH * BATCH).reshape(BATCH, LENGTH) % VOCABULARY
+    positions = torch.arange(LENGTH).expand(BATCH, LENGTH)
+    (patch,) = patches(chunk)
+    with torch.no_grad():
+        beside = chunk(ids, positions, None)
+        patch.merge()
+        found = {n: gathered(p, p.data) for n, p in weights.items()}
+        there = chunk(ids, positions, None)
+    patch.unmerge()
+    return beside, there, found, all(torch.equal(p, before[n]) for n, p in weights.items())
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_merged_at_any_size_the_weights_are_those_of_one_process(kind):
+    _, _, want, _ = one(merged, RULES[kind])
+    for beside, there, found, back in ranks(merged, RULES[kind], tp=2):
+        assert back
+        torch.testing.assert_close(there, beside, rtol=1e-5, atol=1e-5)
+        for name, value in want.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
 
 
 def recomputed(rules: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from ..lang.diagnostics import Diagnostic, Error
 from ..patch.apply import apply_plan
 from ..patch.drift import unwrapped
 from ..patch.original import unmarked
-from ..patch.over_ranks import parts, refuse_parts
+from ..patch.over_ranks import over_ranks, parts
 from ..patch.patch import Patch, patches
 from ..plan.plan import Plan
 from ..tree.tree import Tensor, Tree
@@ -35,13 +35,29 @@ from .tensors import (
 )
 
 
+@overload
 def load_adapter(
     model: nn.Module,
     directory: str | PathLike[str],
     *,
     adapter: str | None = None,
     allow_import: str | Sequence[str] = (),
-) -> Patch:
+) -> Patch: ...
+@overload
+def load_adapter(
+    model: Sequence[nn.Module],
+    directory: str | PathLike[str],
+    *,
+    adapter: str | None = None,
+    allow_import: str | Sequence[str] = (),
+) -> list[Patch]: ...
+def load_adapter(
+    model: nn.Module | Sequence[nn.Module],
+    directory: str | PathLike[str],
+    *,
+    adapter: str | None = None,
+    allow_import: str | Sequence[str] = (),
+) -> Patch | list[Patch]:
     """Apply the adapter in `directory` (what `save_adapter` wrote) to `model`, from the file alone.
 
     The model must be the base that it was trained on: the modules with weights, their classes, shapes and ties. Dtypes
@@ -51,6 +67,9 @@ def load_adapter(
 
     Base weights that trained with the adapter are loaded too; `revert()` gives the old ones back.
 
+    Of a megatron-core model over ranks it is called on each, with its part or the list of its virtual chunks, whatever
+    the layout of ranks that the adapter was trained on; it gives a list for a list.
+
     Raises `Error` where the files cannot be read (GP601 to GP603), the base differs (GP611 with the difference, GP618),
     the rules mean something else here (GP613), names, shapes or types do not agree (GP614, GP615), `adapter` has no
     effect (GP619), or the model is on the meta device (GP616); `PlanError` and `ApplyError` as `apply` does. The model
@@ -58,8 +77,11 @@ def load_adapter(
     """
     if isinstance(allow_import, str):
         allow_import = (allow_import,)  # as a sequence its `*` alone would permit everything
+    elsewhere = over_ranks(model, "load_adapter")
+    if elsewhere is not None:
+        return elsewhere(model, directory, adapter, allow_import)  # type: ignore[no-any-return]
+    assert isinstance(model, nn.Module)
     root = unwrapped(model)
-    refuse_parts(root)
     saved = Saved.read(directory)
     tree = Tree.of(model)
     check_base(saved.made_on, tree, saved.keys, saved.folder)
@@ -68,10 +90,10 @@ def load_adapter(
     name = saved.manifest.adapter if adapter is None else adapter
     recorded = saved.plan(clean, saved.manifest.adapter, allow_import)
     saved.check_changes(recorded)
-    tensors = _renamed(saved, recorded, clean, name)
+    tensors = renamed(saved, recorded, clean, name)
 
     here = [patch for patch in patches(root) if patch.model is root]
-    same = next((patch for patch in here if _is_of(patch, saved.manifest, name)), None)
+    same = next((patch for patch in here if is_of(patch, saved.manifest, name)), None)
     if same is not None:
         fill(same, tensors, saved.folder)
         return same
@@ -119,9 +141,15 @@ def load_weights(
         if fit:
             fix = "a directory of save_adapter says them: load_weights(patch, dir, fit=True)"
             raise Error(Diagnostic("GP529", "a state dict does not say the rank and scale it is of", fixes=(fix,)))
+        if len(parts(every)) > 1:
+            title = f"a state dict of an adapter is one patch's, and here are {len(parts(every))}"
+            raise Error(Diagnostic("GP529", title, fixes=("load_weights(patch, its state dict), one after another",)))
         fill(patch, dict(source), "the state dict")
         return
-    refuse_parts(patch.model)
+    elsewhere = over_ranks(patch.model if every is patch else [patch.model], "load_weights")
+    if elsewhere is not None:
+        elsewhere(parts(every), source, fit)
+        return
     saved = Saved.read(source)
     name = patch.record["adapter"]
     tensors: Named = saved.tensors
@@ -129,7 +157,7 @@ def load_weights(
         tensors = for_patch(saved, patch, fit)
     elif name != saved.manifest.adapter:
         clean = unmarked(Tree.of(patch.model))
-        tensors = _renamed(saved, saved.plan(clean, saved.manifest.adapter, ()), clean, name)
+        tensors = renamed(saved, saved.plan(clean, saved.manifest.adapter, ()), clean, name)
     fill(patch, tensors, saved.folder)
 
 
@@ -144,11 +172,11 @@ def _is_checkpoint(patch: Patch, source: str | PathLike[str] | Mapping[str, torc
     return not (brought and brought.keys() <= source.keys()) and maps_of(patch)
 
 
-def _is_of(patch: Patch, manifest: Manifest, adapter: str | None) -> bool:
+def is_of(patch: Patch, manifest: Manifest, adapter: str | None) -> bool:
     return patch.record["adapter"] == adapter and patch.record["rules"] == manifest.rules
 
 
-def _renamed(saved: Saved, recorded: Plan, clean: Tree, name: str | None) -> Named:
+def renamed(saved: Saved, recorded: Plan, clean: Tree, name: str | None) -> Named:
     """The tensors, under the names that they have where the adapter is called `name`."""
     if name == saved.manifest.adapter:
         return saved.tensors

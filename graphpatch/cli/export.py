@@ -8,6 +8,8 @@ from ..checkpoint.readers.table import READERS
 from ..checkpoint.readers.validate import Report
 from ..lang.diagnostics import Error
 from .model import KINDS, open_tree
+from .problem import CannotRun
+from .rule_files import add_settings, open_rules
 from .terminal import note, print_error, progress
 
 _REFUSED = {"GP635", "GP637"}
@@ -17,7 +19,9 @@ _REFUSED = {"GP635", "GP637"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", metavar="DIR", help="an adapter, as save_adapter or PEFT writes it")
     parser.add_argument("out", metavar="OUT", help="the folder to write to")
-    parser.add_argument("--for", metavar="READER", dest="reader", required=True, help=f"one of {', '.join(READERS)}")
+    parser.add_argument(
+        "--for", "--format", metavar="READER", dest="reader", required=True, help=f"one of {', '.join(READERS)}"
+    )
     parser.add_argument(
         "--model", metavar="M", help=f"hold it against this base; an adapter of PEFT needs one; {KINDS}"
     )
@@ -25,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--profile", choices=("portable", "peft"), help="as every reader understands it (usual), or as PEFT writes it"
     )
     parser.add_argument("--base", metavar="NAME", help="what the server calls the base, for base_model_name_or_path")
+    parser.add_argument(
+        "--maps",
+        metavar="RULES",
+        help="write it for the model that the map statements of this rule file read, where its own rules have none",
+    )
+    add_settings(parser)
     parser.add_argument("--part", metavar="PART", help="diffusers: unet, transformer, text_encoder ...")
 
 
@@ -33,6 +43,9 @@ def run(options: argparse.Namespace) -> int:
     with progress("importing torch"):
         from ..checkpoint.readers.export import export_adapter
     given = {name: getattr(options, name) for name in ("profile", "base", "part")}
+    if options.settings and not options.maps:
+        raise CannotRun("GP710", "--set has no effect", "it gives the params of --maps their values")
+    given["maps"] = open_rules(options.maps, options.settings) if options.maps else None
     try:
         report = export_adapter(options.adapter, options.out, options.reader, model=tree, **given)
     except Error as error:

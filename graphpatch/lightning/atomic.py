@@ -26,10 +26,11 @@ class AtomicIO(TorchCheckpointIO):
     copying, and a crash leaves half of it. Paths that are no local files (`s3://`) are written as Lightning does.
     """
 
-    def __init__(self, *companions: Callable[[Path], None]):
-        """Each of `companions` is called with the path of a file that was written, to write something beside it."""
+    def __init__(self, *companions: Callable[[Path], None], elsewhere: bool = False):
+        """Each of `companions` is called with the path of a file that was written, to write something beside it;
+        not if `elsewhere`, where the strategy calls them on all ranks."""
         super().__init__()
-        self.companions = companions
+        self.companions, self.elsewhere = companions, elsewhere
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         if "://" in str(path) or storage_options is not None:
@@ -49,7 +50,7 @@ class AtomicIO(TorchCheckpointIO):
             beside.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
-        for companion in self.companions:
+        for companion in () if self.elsewhere else self.companions:
             companion(path)
 
     def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> Any:

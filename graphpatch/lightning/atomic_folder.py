@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,20 @@ from ..lang.diagnostics import refusal
 from .atomic import STRAY, is_sharded, remove, sweep, sync_folder
 
 
-def write_whole_folders(strategy: Any) -> None:
-    """Strategies that write checkpoints themselves do so where their ranks find it: in place, over the last one."""
+def write_whole_folders(strategy: Any, companions: Sequence[Callable[[Path], None]] = ()) -> None:
+    """Strategies that write checkpoints themselves do so where their ranks find it: in place, over the last one.
+
+    Each of `companions` is called on all ranks with the path of what was written, to write something beside it.
+    """
     slot = strategy.save_checkpoint
     if not (isinstance(slot, partial) and slot.func is _save):
-        strategy.save_checkpoint = partial(_save, strategy, slot)
+        strategy.save_checkpoint = partial(_save, strategy, slot, companions)
 
 
 def _save(
     strategy: Any,
     original: Callable[..., None],
+    companions: Sequence[Callable[[Path], None]],
     checkpoint: dict[str, Any],
     filepath: Any,
     storage_options: Any | None = None,
@@ -45,6 +49,8 @@ def _save(
     if strategy.is_global_zero:
         _put(beside, path, process)
     strategy.barrier()
+    for companion in companions:
+        companion(path)
 
 
 def _put(beside: Path, path: Path, process: int) -> None:

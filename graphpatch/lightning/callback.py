@@ -158,10 +158,9 @@ class ModelTransform(pl.Callback):
         checks.refuse_strategy(trainer)
         checks.refuse_swallowed(pl_module)
         checks.refuse_other_callbacks(trainer, self, bool(_applied(pl_module)))
-        if self.adapter_directory:
-            checks.refuse_directories(trainer)
         beside = partial(write_adapters, pl_module, self.adapter_directory == "peft")
-        write_whole_files(trainer, *([beside] if self.adapter_directory else []))
+        companions = [beside] if self.adapter_directory else []
+        write_whole_files(trainer, *companions)
         transform = self._agreed(pl_module)
         transform.identity()  # rules that cannot be read are told of before anything is built
         # `configure_model` is called after every setup and before anything wraps the model. A partial, since Lightning
@@ -171,7 +170,7 @@ class ModelTransform(pl.Callback):
             pl_module.configure_model = partial(_configure, transform, pl_module, slot)  # type: ignore[method-assign]
         if trainer.strategy.restore_checkpoint_after_setup:
             self._window = Window(pl_module)
-            write_whole_folders(trainer.strategy)
+            write_whole_folders(trainer.strategy, companions)
             check_before_loading(trainer.strategy)
 
     def _agreed(self, module: pl.LightningModule) -> ModelTransform:
@@ -300,7 +299,9 @@ def by_function(function: Callable[[nn.Module], Any], model: nn.Module) -> Patch
 def write_whole_files(trainer: pl.Trainer, *companions: Callable[[Path], None]) -> None:
     """Checkpoints are written as a whole or not at all, unless the user has a way of writing them."""
     if type(trainer.strategy.checkpoint_io) in (TorchCheckpointIO, AtomicIO):
-        trainer.strategy.checkpoint_io = AtomicIO(*companions)
+        trainer.strategy.checkpoint_io = AtomicIO(
+            *companions, elsewhere=trainer.strategy.restore_checkpoint_after_setup
+        )
     elif companions:
         raise refusal(
             "GP814",

@@ -36,16 +36,6 @@ def refuse_strategy(trainer: Any) -> None:
         )
 
 
-def refuse_directories(trainer: pl.Trainer) -> None:
-    """Where the ranks have a part of each tensor, the first cannot write one alone."""
-    if trainer.strategy.restore_checkpoint_after_setup:
-        raise refusal(
-            "GP816",
-            f"adapter_directory: with {type(trainer.strategy).__name__} no process has the whole adapter",
-            "on one process afterwards: save_adapter(load_from_checkpoint(Model, path, base=...).net, folder)",
-        )
-
-
 def refuse_swallowed(module: pl.LightningModule) -> None:
     from .callback import ModelTransform
 

@@ -89,10 +89,17 @@ def _planned(
     said = [source.text for source in found.program.files if not source.packaged] or [_name(rules)]
     given = f"params {found.program.params}, adapter {adapter}" if found.program.params or adapter else ""
     refuse_different("rules", told("\n".join([*said, given])), "give every rank the same rule file and params")
+    return found.plan(whole_tree(trees), adapter=adapter, allow_import=allow_import), trees
+
+
+def whole_tree(trees: Sequence[Tree]) -> Tree:
+    """The tree of the whole model, of which `trees` are this rank's parts. Without live modules, but where the part is
+    the whole."""
+    if alone() and len(trees) == 1:
+        return trees[0]
     # Each text once: ranks of tensor and data parallelism have the same.
     texts = dict.fromkeys(text for rank in told([tree.to_text() for tree in trees]) for text in rank)
-    whole = merged([Tree.from_text(text) for text in texts])
-    return found.plan(whole, adapter=adapter, allow_import=allow_import), trees
+    return merged([Tree.from_text(text) for text in texts])
 
 
 def _name(rules: Rules) -> str:
@@ -103,7 +110,7 @@ def _carried_out(whole: Plan, chunks: Sequence[nn.Module], trees: Sequence[Tree]
     done: list[Patch] = []
     try:
         for chunk, tree in zip(chunks, trees):
-            done.append(_agreed(_part(whole, tree), chunk, tree, initialise))
+            done.append(_agreed(part_of(whole, tree), chunk, tree, initialise))
         freeze_anew(whole, chunks, done)
     except Exception:
         for patch in reversed(done):
@@ -143,7 +150,7 @@ def _agreed(part: Plan, chunk: nn.Module, tree: Tree, initialise: bool) -> Patch
     return patch
 
 
-def _part(whole: Plan, tree: Tree) -> Plan:
+def part_of(whole: Plan, tree: Tree) -> Plan:
     """What of a plan is to be done to the modules of `tree`."""
     if whole.tree is tree:
         return whole

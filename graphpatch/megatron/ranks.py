@@ -34,6 +34,16 @@ def told(value: Any) -> list[Any]:
     return found
 
 
+def gathered(value: Any) -> list[Any]:
+    """What every rank says, on the first; nothing on the others."""
+    if not _several():
+        return [value]
+    size = torch.distributed.get_world_size()
+    found: list[Any] | None = [None] * size if rank() == 0 else None
+    torch.distributed.gather_object(value, found)
+    return found or []
+
+
 def all_or_none(work: Callable[[], T]) -> T:
     """What `work` gives on this rank, where it raises on none. On all others it is then told (GP930) which failed."""
     try:
@@ -102,7 +112,7 @@ def refuse_parts(what: str) -> None:
                 f"this rank has a part of the model, and {what} of a whole one",
                 text=(f"the sizes of parallelism are {', '.join(split)}",),
                 fixes=(
-                    "graphpatch.to_peft(patch, DIR), called on every rank, writes the whole adapter",
+                    "graphpatch.save_adapter(patch, DIR) and to_peft, called on every rank, write the whole adapter",
                     "checkpoints of MegatronStrategy, or of model.sharded_state_dict(), hold what trains, and load at "
                     "any layout, one process too",
                 ),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from ..patch.record import record_of
+from ..rewrites.lora_base import Adapter
 
 Marks = dict[str, Any]
 """Attributes of a parameter, by which megatron-core sums gradients, takes norms, and shards optimizers."""
@@ -31,16 +34,14 @@ def sharded_marks(module: nn.Module, dim: int, stride: int = 1) -> Marks:
 
 def row_stride(module: Any) -> int:
     """2 where the rows of a rank are [gate; up], each a part of all of its kind; else 1."""
-    stride = int(getattr(module.weight, "partition_stride", 1))
-    config = module.config
-    if stride == 1 and config.gated_linear_unit and size_of(module) > 1:
-        # Models that are built without initialisation have no mark.
-        names = ("ffn_hidden_size", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
-        gated = {2 * width for name in names if (width := getattr(config, name, None))}
-        # Of Transformer Engine's linears `out_features` are those of a rank.
-        rows = getattr(module, "output_size", None) or module.out_features * size_of(module)
-        return 2 if rows in gated else 1
-    return stride
+    if getattr(module.weight, "tensor_model_parallel", False):
+        return int(getattr(module.weight, "partition_stride", 1))
+    if not module.config.gated_linear_unit or size_of(module) == 1:
+        return 1
+    # Models that are built without initialisation have no mark.
+    names = ("ffn_hidden_size", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
+    gated = {2 * width for name in names if (width := getattr(module.config, name, None))}
+    return 2 if module.output_size in gated else 1
 
 
 def replicated_marks(module: nn.Module, *, partial: bool) -> Marks:
@@ -95,18 +96,56 @@ def dropping_apart(module: nn.Module, apart: bool) -> AbstractContextManager[Non
     return fork  # type: ignore[no-any-return]
 
 
-def cut(module: nn.Module, whole: Tensor, dim: int, stride: int = 1) -> Tensor:
-    """This rank's part along `dim`: of each of `stride` pieces one behind the other, gate and up say, its own."""
-    group = group_of(module)
-    return torch.cat([piece.chunk(group.size(), dim)[group.rank()] for piece in whole.chunk(stride, dim)], dim)
+class Share(NamedTuple):
+    """How the ranks share a tensor out: each has a part of every piece, gate and up say, one behind the other."""
+
+    dim: int
+    sizes: tuple[int, ...]
+    """Along `dim`, of this rank's part of each piece."""
 
 
-def whole_of(module: nn.Module, part: Tensor, dim: int, stride: int = 1) -> Tensor:
+def share_of(module: nn.Module, name: str) -> Share | None:
+    """Of a parameter of a module; None where every rank has all of it."""
+    tensor = module._parameters.get(name)
+    if tensor is None:
+        return None
+    dim = getattr(tensor, "partition_dim", -1) if getattr(tensor, "tensor_model_parallel", False) else -1
+    if dim < 0:
+        dim = _unmarked_dim(module, name)
+    if dim < 0 or size_of(module) == 1:
+        return None
+    for held in record_of(module).held:
+        # Of a B for parts of a linear the rows of a part stand together.
+        how = held.entry.spread if isinstance(held.entry, Adapter) and held.entry.b == name else None
+        if how is not None:
+            return Share(dim, tuple(how.groups * how.sizes[part] for part in how.chosen))
+    marked = dim == getattr(tensor, "partition_dim", -1)
+    stride = getattr(tensor, "partition_stride", 1) if marked or dim else row_stride(module)
+    return Share(dim, (tensor.shape[dim] // stride,) * stride)
+
+
+def _unmarked_dim(module: nn.Module, name: str) -> int:
+    """By its class, of a parameter that says nothing: models that are built without initialisation have no mark."""
+    kinds = {c.__name__ for c in type(module).__mro__}
+    if name == "weight" and "RowParallelLinear" in kinds:
+        return 1
+    return 0 if name in ("weight", "bias") and "ColumnParallelLinear" in kinds else -1
+
+
+def cut(module: nn.Module, whole: Tensor, share: Share) -> Tensor:
+    """This rank's part."""
+    group, dim = group_of(module), share.dim
+    pieces = whole.split([size * group.size() for size in share.sizes], dim)
+    return torch.cat([piece.chunk(group.size(), dim)[group.rank()] for piece in pieces], dim)
+
+
+def whole_of(module: nn.Module, part: Tensor, share: Share | None) -> Tensor:
     """The way back of `cut`. Called on all ranks that share the module."""
-    group = group_of(module)
-    if group.size() == 1:
+    if share is None:
         return part.detach()
+    group = group_of(module)
     parts = [torch.empty_like(part) for _ in range(group.size())]
     torch.distributed.all_gather(parts, part.detach().contiguous(), group=group)
-    pieces = [one.chunk(stride, dim) for one in parts]
-    return torch.cat([pieces[at][number] for number in range(stride) for at in range(group.size())], dim)
+    pieces = [one.split(list(share.sizes), share.dim) for one in parts]
+    order = [pieces[rank][number] for number in range(len(share.sizes)) for rank in range(group.size())]
+    return torch.cat(order, share.dim)

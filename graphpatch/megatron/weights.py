@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from ..checkpoint.mapped.slots import Slot, held_by, whole
 from ..tree.tree import Tree
 from .ranks import told
-from .sharding import cut, group_of
+from .sharding import cut, share_of, size_of
 from .whole import expert_rank, numbered
 
-_EMBEDDING = "embedding.word_embeddings.weight"
+EMBEDDING = "embedding.word_embeddings.weight"
 
 
 def slots(models: Sequence[nn.Module]) -> dict[str, Slot]:
@@ -35,16 +35,15 @@ def _own(model: nn.Module) -> dict[str, Slot]:
         path, _, name = key.rpartition(".")
         whole_key = f"{here.get(path, path)}.{name}" if path else name
         if name == "weight" and path.endswith("output_layer") and getattr(tensor, "shared_embedding", False):
-            whole_key = _EMBEDDING  # the last stage's copy of what the first has
-        found[whole_key] = _slot(owners[path], tensor)
+            whole_key = EMBEDDING  # the last stage's copy of what the first has
+        found[whole_key] = _slot(owners[path], name, tensor)
     return found
 
 
-def _slot(module: nn.Module, tensor: Tensor) -> Slot:
-    dim = getattr(tensor, "partition_dim", -1)
-    if not getattr(tensor, "tensor_model_parallel", False) or dim < 0 or group_of(module).size() == 1:
+def _slot(module: nn.Module, name: str, tensor: Tensor) -> Slot:
+    share = share_of(module, name)
+    if share is None:
         return whole(tensor)
     shape = list(tensor.shape)
-    shape[dim] *= group_of(module).size()
-    stride = getattr(tensor, "partition_stride", 1)
-    return Slot(tensor, tuple(shape), lambda value: cut(module, value, dim, stride), dim)
+    shape[share.dim] *= size_of(module)
+    return Slot(tensor, tuple(shape), lambda value: cut(module, value, share), share.dim)

@@ -17,22 +17,31 @@ OVER_RANKS: Mapping[str, Mapping[str, str]] = {
         "apply": "graphpatch.megatron.over_ranks:apply",
         "slots": "graphpatch.megatron.weights:slots",
         "to_peft": "graphpatch.megatron.peft:to_peft",
-        "files": "graphpatch.megatron.ranks:refuse_parts",
+        "save_adapter": "graphpatch.megatron.files:save_adapter",
+        "load_adapter": "graphpatch.megatron.files:load_adapter",
+        "load_weights": "graphpatch.megatron.files:load_weights",
+        "alone": "graphpatch.megatron.ranks:alone",
+        "refuse": "graphpatch.megatron.ranks:refuse_parts",
         "replacing": "graphpatch.megatron.guard:refuse_other_shards",
     },
 }
 """By qualified class name; the first of a model's MRO that stands here decides."""
+_FILES = frozenset({"save_adapter", "load_adapter", "load_weights"})
 
 
 def over_ranks(
-    model: Any, what: Literal["apply", "slots", "to_peft", "files", "replacing"]
+    model: Any,
+    what: Literal[
+        "apply", "slots", "to_peft", "save_adapter", "load_adapter", "load_weights", "alone", "refuse", "replacing"
+    ],
 ) -> Callable[..., Any] | None:
-    """What does this to a model of which this process has a part, or a list of parts; None for any other."""
+    """What does this to a model of which this process has a part, or a list of parts; None for any other. Files of an
+    adapter need nothing of the kind where there is one process."""
     several = isinstance(model, (list, tuple, nn.ModuleList)) and len(model) > 0
     part = unwrapped(model[0] if several else model)
     names = (f"{c.__module__}.{c.__qualname__}" for c in type(part).__mro__)
     known = next((OVER_RANKS[name] for name in names if name in OVER_RANKS), None)
-    if known is None:
+    if known is None or (what in _FILES and not several and over_ranks(model, "alone")()):  # type: ignore[misc]
         return None
     module, _, name = known[what].partition(":")
     return getattr(import_module(module), name)  # type: ignore[no-any-return]
@@ -43,9 +52,9 @@ def parts(patch: T | Sequence[T]) -> list[T]:
     return list(patch) if isinstance(patch, (list, tuple)) else [patch]  # type: ignore[list-item]
 
 
-def refuse_parts(model: nn.Module, what: str = "an adapter's files are") -> None:
+def refuse_parts(model: nn.Module, what: str) -> None:
     """Raise `ApplyError` where files of a whole model cannot be written or read by this process, which has a part of
     one."""
-    refuse = over_ranks(model, "files")
+    refuse = over_ranks(model, "refuse")
     if refuse is not None:
         refuse(what)

@@ -124,7 +124,8 @@ def test_logits_a_token_at_a_time_past_the_window(reference, layout):
             cache = output.past_key_values
     want = torch.stack(want, 1)
     for got in ranks(decoded, name, str(folder), ids, 6, **layout):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        # Of the largest logit, since a processor of another width rounds otherwise.
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * want.abs().max().item())
 
 
 @pytest.fixture(scope="module")

@@ -230,6 +230,38 @@ def test_nemo_usage(tmp_path):
     assert val == other
 
 
+def beside(folder: str, layout: dict[str, Any]) -> dict[str, torch.Tensor]:
+    transform = lora()
+    transform.adapter_directory = True
+    model = Model(transform)
+    saver = ModelCheckpoint(folder, filename="kept")
+    trainer(folder, layout, transform, saver).fit(model, data())
+    chunks = model.model if isinstance(model.model, nn.ModuleList) else [model.model]
+    return {
+        global_name(chunk, name): gathered(parameter, parameter.data)
+        for chunk in chunks
+        for name, parameter in chunk.named_parameters()
+        if ".lora_" in name
+    }
+
+
+def read(folder: str) -> dict[str, torch.Tensor]:
+    (chunk,) = chunks_of()
+    graphpatch.load_adapter(chunk, f"{folder}/kept.adapter")
+    return {name: p.data for name, p in chunk.named_parameters() if ".lora_" in name}
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2, "vpp": 2}], ids=str)
+def test_an_adapter_that_one_process_reads_stands_beside_each_checkpoint(tmp_path, layout):
+    trained: dict[str, torch.Tensor] = {}
+    for part in ranks(beside, str(tmp_path), layout, **layout):
+        trained |= part
+    found = one(read, str(tmp_path))
+    assert found.keys() == trained.keys()
+    assert all(torch.equal(value, trained[name]) for name, value in found.items())
+    assert any(bool(value.count_nonzero()) for name, value in found.items() if name.endswith("lora_B"))
+
+
 def wrongly(folder: str, kind: str) -> Any:
     transform: Any = lora()
     options: dict[str, Any] = {}

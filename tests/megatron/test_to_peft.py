@@ -45,9 +45,11 @@ OURS = {
 IDS = torch.arange(24).reshape(2, 12) * 7 % 96
 EVERY = "linear_qkv | linear_proj | linear_fc1 | linear_fc2"
 MAPS = {"mixtral": "hf_mixtral"}
+FROZEN = "freeze ** except @new\n"
 ADAPTERS = {
     "lora": f"patch {EVERY} with lora(rank=4, alpha=8)",
     "dora": f"patch {EVERY} with lora(rank=4, alpha=8, dora=true)",
+    "norms": f"patch {EVERY} with lora(rank=4, alpha=8)\ntrain *layernorm",
     "experts": "patch ^decoder.layers[1:3].**.local_experts[*].linear_fc2 with lora(rank=4, alpha=8)\n"
     "patch linear_qkv with lora(rank=2)",
     "vocabulary": "patch ^embedding.word_embeddings with lora(rank=4, alpha=8)\npatch linear_qkv with lora(rank=2)",
@@ -95,12 +97,14 @@ def exported(name: str, base: str, adapter: str, folder: str) -> Any:
     chunks = chunks_of(gather=True, **options(name))
     if name.startswith("gemma"):
         graphpatch.load_weights(graphpatch.apply(chunks, rules_of(name)), base)
-        patches = graphpatch.apply(chunks, graphpatch.parse(ADAPTERS[adapter]))
+        patches = graphpatch.apply(chunks, graphpatch.parse(FROZEN + ADAPTERS[adapter]))
     else:
-        patches = graphpatch.apply(chunks, graphpatch.parse(f"use {MAPS.get(name, 'hf_llama')}\n{ADAPTERS[adapter]}"))
+        patches = graphpatch.apply(
+            chunks, graphpatch.parse(f"use {MAPS.get(name, 'hf_llama')}\n{FROZEN}{ADAPTERS[adapter]}")
+        )
         graphpatch.load_weights(patches, base)
     for chunk in chunks:
-        fill(chunk, lambda n: "lora" in n)
+        fill(chunk, lambda n: "lora" in n or (adapter == "norms" and "layernorm" in n))
     graphpatch.to_peft(patches, folder)
     if len(chunks) > 1 or not (chunks[0].pre_process and chunks[0].post_process):
         return None
@@ -146,6 +150,7 @@ def test_a_padded_vocabulary(tmp_path, layout):
         ("llama", "dora", {"tp": 2}),
         ("llama", "parts", {"tp": 2, "pp": 2}),
         ("llama", "lora", {"pp": 2, "vpp": 2}),
+        ("llama", "norms", {"tp": 2, "pp": 2}),
         ("llama", "vocabulary", {"tp": 2, "pp": 2}),
         ("mistral", "lora", {}),
         ("mixtral", "lora", {}),
@@ -170,10 +175,10 @@ def test_peft_computes_the_same(tmp_path, name, adapter, layout):
         bare = model(IDS).logits
         theirs = PeftModel.from_pretrained(model, tmp_path / "again").eval()(IDS).logits
     assert (theirs - bare).abs().max() > 0.05
-    torch.testing.assert_close(alone, theirs, rtol=1e-5, atol=1e-5)
-    for here in found:
+    close = 1e-5 * theirs.abs().max().item()  # float32's noise is that of the largest, 10 and more
+    for here in (alone, *found):
         if here is not None:
-            torch.testing.assert_close(here, theirs, rtol=1e-5, atol=2e-5)
+            torch.testing.assert_close(here, theirs, rtol=1e-5, atol=close)
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from ...lang.diagnostics import Diagnostic, Error
 from ...patch.patch import Patch
+from ...plan.rules import maps_in_force
+from ...plan.ruleset import RuleSet, load
+from ...plan.scope import World
 from ...tree.tree import Tree
 from ..moved import brought
 from ..peft.export import written as peft_files
+from ..peft.mapped import mapped
 from ..save import original_plan
 from ..saved import Saved
 from ..tensors import added_tensors, copied_out, journal_of, moved_tensors
@@ -43,17 +48,21 @@ def export_adapter(
     model: Any = None,
     base: str | None = None,
     part: str | None = None,
+    maps: RuleSet | str | PathLike[str] | None = None,
 ) -> Report:
     """Write the adapter in `directory` to the folder `out` as `reader` reads it, and say what it will make of it.
 
     `directory` is one of `save_adapter`, which needs no model, or an adapter in PEFT's format, whose base `model` is (a
     module or a `Tree`). Where `model` is given, what is written is held against that. `base` is the name of the base,
-    for servers that ask for it; `part` the part of a pipeline, for diffusers. The profile is "portable" where none is
+    for servers that ask for it; `part` the part of a pipeline, for diffusers. Where the adapter's rules have `map`
+    statements in force, or those of the rule file `maps` are given, it is written for the model that these read: of a
+    GPTModel of megatron-core, for the Hugging Face model. The profile is "portable" where none is
     given; "peft" for PEFT itself, and for vLLM and a model whose experts it keeps in stacks.
 
     Nothing is written where the reader would refuse or misread it. Raises `Error`: GP635 for what it has no form for,
     GP636 where `out` holds a model or another adapter, GP637 for what it would refuse, GP639 for an argument that is
-    missing or has no effect, and those of reading (GP601 to GP614, GP631), writing (GP604) and PEFT's profile (GP625).
+    missing or has no effect, GP952 for maps that say nothing of a module, and those of reading (GP601 to GP614, GP631),
+    writing (GP604) and PEFT's profile (GP625).
     """
     name, *others = readers_of(reader)
     layout = LAYOUTS.get(name, "peft")
@@ -69,13 +78,15 @@ def export_adapter(
         raise _argument("base has no effect for diffusers", "its files do not say what they were made on")
     folder = Path(out)
     check_folder(folder, layout)
-    written, tree = _written(directory, model, profile, name, base)
+    written, tree = _written(directory, model, profile, name, base, maps)
     metadata = {"format": "pt"}
     if layout == "mlx":
+        assert tree is not None
         written = for_mlx(written, tree)
     elif name == "sglang":
         written = for_sglang(written)
     elif layout == "diffusers":
+        assert tree is not None
         written, said = for_diffusers(written, tree, part)
         metadata = {"lora_adapter_metadata": said}  # alone, since several entries are written in any order
     reports: list[Report] = []
@@ -106,30 +117,61 @@ def write_portable(patch: Patch, directory: str | PathLike[str], base: str | Non
 
 
 def _written(
-    directory: str | PathLike[str], model: Any, profile: Profile | None, reader: str, base: str | None
-) -> tuple[Written, Tree]:
-    """The adapter in PEFT's format, by the profile, and the tree of its base."""
+    directory: str | PathLike[str],
+    model: Any,
+    profile: Profile | None,
+    reader: str,
+    base: str | None,
+    maps: RuleSet | str | PathLike[str] | None,
+) -> tuple[Written, Tree | None]:
+    """The adapter in PEFT's format, by the profile, and the tree of its base, where that is known."""
     adapter = Adapter.read(directory)
     if adapter.layout == "graphpatch":
         saved = Saved.read(directory)
         tree, said, tensors = saved.made_on, saved.manifest.tensors, saved.tensors
         plan = saved.plan(tree, saved.manifest.adapter, ())
         saved.check_changes(plan)
-        own = reader in ("peft", "unsloth") or (reader == "vllm" and _in_stacks(tree))
+        added, moved = ({key: tensors[key] for key in keys} for keys in (said.added, said.base))
+        rules = saved.rules if maps is None else maps if isinstance(maps, RuleSet) else load(maps)
+        world = World(rules.program, tree)
+        own = reader in ("peft", "unsloth")
+        if maps is not None or maps_in_force(world) or _of_megatron(tree):
+            theirs = Written(*mapped(plan, added, moved, world, base))
+            if profile == "peft" or (profile is None and own):
+                return theirs, None if model is None else _tree(model)
+            with TemporaryDirectory() as folder:
+                write_folder(Path(folder), "peft", theirs.config, theirs.tensors, {"format": "pt"}, lambda place: None)
+                return _of_peft(Adapter.read(folder), model, base)
+        own = own or (reader == "vllm" and _in_stacks(tree))
         if profile == "peft" or (profile is None and own):
-            added, moved = ({key: tensors[key] for key in keys} for keys in (said.added, said.base))
             return Written(*peft_files(plan, added, moved, base)), tree
         return portable(deltas_of(plan, tensors, said.base), tree, base), tree
+    if maps is not None:
+        raise _argument(f"maps have no effect on {adapter.folder}", "they are for what save_adapter wrote")
     if adapter.layout != "peft":
         title = f"{adapter.folder} is an adapter as {adapter.layout} reads it"
         raise _argument(title, "export that which it was made of")
     if profile == "peft":
         raise _argument(f"{adapter.folder} is in PEFT's format already", "the profile portable writes it anew")
+    return _of_peft(adapter, model, base)
+
+
+def _of_peft(adapter: Adapter, model: Any, base: str | None) -> tuple[Written, Tree]:
+    """As every reader understands it."""
     if model is None:
         raise _argument("an adapter in PEFT's format does not say what its base looks like", "--model M, or model=")
-    tree = model if isinstance(model, Tree) else Tree.of(model)
+    tree = _tree(model)
     base = base or adapter.config.get("base_model_name_or_path")
     return portable(deltas_of_peft(adapter, tree), tree, base if isinstance(base, str) else None), tree
+
+
+def _tree(model: Any) -> Tree:
+    return model if isinstance(model, Tree) else Tree.of(model)
+
+
+def _of_megatron(tree: Tree) -> bool:
+    """Whether nobody else has modules of these names."""
+    return any(name.startswith("megatron.core.models.") for name in tree.signature(0).mro)
 
 
 def _in_stacks(tree: Tree) -> bool:

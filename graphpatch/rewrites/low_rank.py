@@ -15,21 +15,26 @@ def low_rank(z: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
     Computed in z's dtype, whatever the factors are kept in, and right under autocast, torch.func and tracing alike.
     """
-    h = linear(z, a.to(z.dtype))
-    return linear(h if scale == 1.0 else h * scale, b.to(h.dtype))
+    h = linear(z, _as(a, z.dtype))
+    return linear(h if scale == 1.0 else h * scale, _as(b, h.dtype))
 
 
 def add_low_rank(y: Tensor, z: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """y + scale * (z A^T) B^T, for y of (..., out)."""
-    delta = low_rank(z, a, b, scale)
-    return y + (delta if delta.dtype == y.dtype else delta.to(y.dtype))
+    return y + _as(low_rank(z, a, b, scale), y.dtype)
+
+
+SMALL = 2**14
+"""Elements of an input, up to which the calls cost more than the arithmetic, and ordinary ops cost less than a node."""
 
 
 def fusible(x: Tensor, weight: Tensor) -> bool:
-    """Whether `LinearWithLowRank` may be used: eager training on plain tensors, and nobody is looking on."""
+    """Whether `LinearWithLowRank` is to be used: eager training on plain tensors, and nobody is looking on."""
     return (
         not torch.compiler.is_compiling()  # first: to a compiler this is a constant, and the rest is not traced
         and torch.is_grad_enabled()
+        and torch._C._get_tracing_state() is None
+        and x.numel() >= SMALL
         and type(x) in _PLAIN
         and type(weight) in _PLAIN
         and x.dtype == weight.dtype
@@ -49,7 +54,6 @@ _functorch_stack = torch._C._functorch.peek_interpreter_stack
 def _observed() -> bool:
     return (
         _functorch_stack() is not None
-        or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0  # a dual level without torch.func: this Function has no jvp
     )
 

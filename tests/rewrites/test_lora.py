@@ -213,6 +213,18 @@ def test_eager_training_is_fused_and_the_rest_is_not():
         assert not uses(lambda: model(x))
 
 
+def test_of_a_small_input_the_composed_ops_give_the_same(monkeypatch):
+    ours, x = patched(linear()), torch.randn(3, 7, requires_grad=True)
+    found = []
+    for small in (0, 2**14):
+        monkeypatch.setattr(low_rank, "SMALL", small)
+        out = ours(x)
+        wanted = torch.autograd.grad(out.square().sum(), (x, *(p for p in ours.parameters() if p.requires_grad)))
+        found.append((uses(lambda: ours(x)), (out, *wanted)))
+    assert [one for one, _ in found] == [True, False]
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-6, atol=1e-6)
+
+
 def test_first_and_second_derivatives_are_right():
     for bias, base, split in itertools.product([False, True], [False, True], [False, True]):
         tensors = [torch.randn(4, 7), torch.randn(5, 7), torch.randn(5), torch.randn(3, 7), torch.randn(5, 3)]

@@ -11,6 +11,7 @@ from typing import Any
 
 from ...lang.diagnostics import Diagnostic, Error
 from ...rewrites.merging import exact_arithmetic, one_thread_each
+from ...tree.collection import no_collection
 from ...tree.tree import Tree
 from ..base_files import INDEX, BaseFiles
 from ..hf_model import meta_model, model_type
@@ -57,8 +58,9 @@ def merge_checkpoint(
     if folder is None and target.suffix != ".safetensors":
         fix = f"name it {target}.safetensors, or give the directory as the base"
         raise Error(Diagnostic("GP646", f"{files.folder} is a single file, and {target} no name of one", fixes=(fix,)))
-    updates = _updates(adapter, files)
-    pieces = find_pieces(updates, files)
+    with no_collection():
+        updates = _updates(adapter, files)
+        pieces = find_pieces(updates, files)
     with made_whole(target, sync) as unseen, exact_arithmetic("cpu"), one_thread_each() as threads:
         others = [] if folder is None else list(_others(folder, {*files.files}, skip=(target, unseen)))
         total = sum(file.stat().st_size for file in (*files.files, *others))

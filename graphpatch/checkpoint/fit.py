@@ -18,6 +18,7 @@ from ..patch.original import original_plan, unmarked
 from ..patch.patch import Patch
 from ..plan.plan import Plan, Step
 from ..tree.tree import Tree
+from .peft.keys import added_name
 from .saved import Saved
 from .tensors import Named
 
@@ -32,14 +33,16 @@ class _Place(NamedTuple):
     op: Lora
     step: Step
 
+    @property
+    def names(self) -> dict[str, str]:
+        """From what the op adds, `lora_A` or `in_proj_lora_A`, whatever its name, to the name of that tensor here."""
+        return {added_name(name, self.op, self.step.parameter): name for name in self.step.adds}
+
     def key(self, role: str) -> str:
-        return f"{self.path}.{self.op.key(role, self.step.parameter)}".removeprefix(".")
+        return f"{self.path}.{self.names[role]}".removeprefix(".")
 
     def shape(self, role: str) -> Shape:
-        return tuple(self.step.adds[self.op.key(role, self.step.parameter)].shape)
-
-    def has(self, role: str) -> bool:
-        return self.op.key(role, self.step.parameter) in self.step.adds
+        return tuple(self.step.adds[self.names[role]].shape)
 
 
 _Target = tuple[int, str | None]
@@ -52,19 +55,17 @@ def for_patch(saved: Saved, patch: Patch, fit: bool) -> Named:
     mine = _places(original_plan(patch))
     if not fit:
         for target in theirs.keys() & mine.keys():
+            _refuse_other_parts(saved.folder, theirs[target], mine[target])
             _refuse_other_scale(saved.folder, theirs[target], mine[target])
         return saved.tensors
     more = [theirs[target].path for target in theirs if target not in mine]
     if more:
         raise _no_fit(saved.folder, f"`{more[0]}` has no place for it, nor have {len(more) - 1} more of its modules")
-    used = {place.key(role) for place in theirs.values() for role in _ROLES}
+    used = {place.key(role) for place in theirs.values() for role in place.names}
     found = {key: tensor for key, tensor in saved.tensors.items() if key not in used}
     for target, place in mine.items():
         found |= dict(_fitted(saved, theirs.get(target), place))
     return found
-
-
-_ROLES = ("lora_A", "lora_B", "lora_magnitude", "lora_B_bias", *_START)
 
 
 def _places(plan: Plan) -> dict[_Target, _Place]:
@@ -74,6 +75,13 @@ def _places(plan: Plan) -> dict[_Target, _Place]:
         if isinstance(step.op, Lora)
         for node in step.nodes
     }
+
+
+def _refuse_other_parts(folder: str, theirs: _Place, mine: _Place) -> None:
+    """Whose tensors may well have the same shapes."""
+    one, two = ((place.op.parts, place.op.layout, place.op.groups) for place in (theirs, mine))
+    if one != two:
+        raise _no_fit(folder, f"on `{mine.path}` it has {theirs.op.text()}, and the patch {mine.op.text()}")
 
 
 def _refuse_other_scale(folder: str, theirs: _Place, mine: _Place) -> None:
@@ -90,14 +98,16 @@ def _refuse_other_scale(folder: str, theirs: _Place, mine: _Place) -> None:
 
 def _fitted(saved: Saved, theirs: _Place | None, mine: _Place) -> Iterator[tuple[str, torch.Tensor]]:
     """By key, all that the patch has on one target."""
-    odd = [role for role in _ROLES[2:] if mine.has(role) != (theirs is not None and theirs.has(role))]
-    if odd or mine.has(_START[0]):
+    names = mine.names if theirs is None else theirs.names
+    more = [role for role in names if not role.endswith(("lora_A", "lora_B"))]
+    if names.keys() != mine.names.keys() or _START[0] in names or (theirs is None and more):
         text = "nothing" if theirs is None else theirs.op.text()
         raise _no_fit(saved.folder, f"on `{mine.path}` it has {text}, and the patch {mine.op.text()}")
-    shapes = {role: mine.shape(role) for role in _ROLES if mine.has(role)}
+    shapes = {role: mine.shape(role) for role in mine.names}
     if theirs is None:
         yield from ((mine.key(role), torch.zeros(shape)) for role, shape in shapes.items())
         return
+    _refuse_other_parts(saved.folder, theirs, mine)
     if mine.op.scale == 0:
         raise _no_fit(saved.folder, f"on `{mine.path}` the patch has the scale 0: {mine.op.text()}")
     if theirs.op.rank > mine.op.rank:
@@ -105,8 +115,9 @@ def _fitted(saved: Saved, theirs: _Place | None, mine: _Place) -> Iterator[tuple
     ratio = theirs.op.scale / mine.op.scale
     for role, shape in shapes.items():
         value = saved.tensors[theirs.key(role)].float()
-        value = value * ratio if role in ("lora_B", "lora_B_bias") else value
-        yield mine.key(role), _padded(value, theirs.shape(role), shape, theirs.shape("lora_B")[1])
+        scaled = role.endswith(("lora_B", "lora_B_bias"))
+        share = theirs.shape(f"{role.rpartition('lora_')[0]}lora_B")[1]
+        yield mine.key(role), _padded(value * ratio if scaled else value, theirs.shape(role), shape, share)
 
 
 def _padded(value: torch.Tensor, before: Shape, after: Shape, share: int) -> torch.Tensor:

@@ -81,6 +81,42 @@ def test_every_kind(tmp_path, kind):
     torch.testing.assert_close(model(x), other(x))
 
 
+def attention() -> nn.Module:
+    return nn.Sequential(nn.MultiheadAttention(8, 2, batch_first=True)).eval()
+
+
+@pytest.mark.parametrize("parts", ["", ', parts=["q", "v"]', ', parts=["k", "out"]'])
+def test_attention(tmp_path, parts):
+    torch.manual_seed(0)
+    base = attention()
+    x = torch.randn(2, 5, 8)
+
+    def copy():
+        model = attention()
+        model.load_state_dict(base.state_dict())
+        return model
+
+    other = saved(tmp_path / "a", f"patch ^0 with lora(rank=2, alpha=3{parts})", copy)
+    model = copy()
+    slot = patch(model, f"patch ^0 with lora(rank=5{parts})")
+    graphpatch.load_weights(slot, tmp_path / "a", fit=True)
+    torch.testing.assert_close(model[0](x, x, x), other[0](x, x, x))
+    assert not torch.allclose(model[0](x, x, x)[0], base[0](x, x, x)[0])
+
+
+@pytest.mark.parametrize("fit", [True, False])
+@pytest.mark.parametrize("build", [attention, lambda: nn.Sequential(nn.Linear(8, 24)).eval()], ids=["in one", "linear"])
+def test_other_parts_of_the_same_shapes_are_refused(tmp_path, build, fit):
+    layout = "" if type(build()[0]) is not nn.Linear else ', layout=[["q", 8], ["k", 8], ["v", 8]]'
+    saved(tmp_path / "a", f'patch ^0 with lora(rank=2, parts=["q"]{layout})', build)
+    slot = patch(build(), f'patch ^0 with lora(rank=2, parts=["v"]{layout})')
+    before = state(slot.model)
+    with pytest.raises(graphpatch.Error) as caught:
+        graphpatch.load_weights(slot, tmp_path / "a", fit=fit)
+    assert caught.value.code == "GP529" and 'parts=["v"]' in str(caught.value)
+    assert state(slot.model) == before
+
+
 REFUSED = {
     "a higher rank": ("patch q_proj with lora(rank=9)", "the rank 9, and the patch 8"),
     "other modules": ("patch q_proj | lm_head with lora(rank=2)", "`lm_head` has no place"),

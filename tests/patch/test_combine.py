@@ -233,6 +233,28 @@ def test_parts_of_a_linear_and_tied_weights(kind, tmp_path):
         torch.testing.assert_close(model(x), alone["code"])
 
 
+@pytest.mark.parametrize("widths", [{}, {"kdim": 6, "vdim": 7}], ids=["in one", "apart"])
+@pytest.mark.parametrize("parts", ["", ', parts=["q", "v"]', ', parts=["out", "k"]'])
+def test_attention_is_combined_weight_by_weight(widths, parts):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.MultiheadAttention(8, 2, batch_first=True, **widths)).eval()
+    x, k, v = (torch.randn(2, 5, n) for n in (8, widths.get("kdim", 8), widths.get("vdim", 8)))
+    bare = model[0](x, k, v)[0]
+    for at, name in enumerate(WEIGHTS):
+        fill(patch(model, f"patch ^0 with lora(rank={2 + at}, alpha=3{parts})", adapter=name), at)
+    adapters = graphpatch.adapters(model)
+    adapters.activate(*WEIGHTS)
+    adapters.weights(WEIGHTS)
+    expected, _ = model[0](x, k, v)
+    for method, given in ("cat", {}), ("svd", {"rank": 5}):
+        both = graphpatch.combine(model, WEIGHTS, "both", method=method, **given)
+        adapters.activate("both")
+        torch.testing.assert_close(model[0](x, k, v)[0], expected, rtol=1e-4, atol=1e-5)
+        both.revert()
+    adapters.activate()
+    assert torch.equal(model[0](x, k, v)[0], bare) and not torch.allclose(expected, bare)
+
+
 def test_stacked_experts_are_combined_one_by_one():
     from transformers import MixtralConfig, MixtralForCausalLM
 

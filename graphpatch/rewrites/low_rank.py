@@ -70,10 +70,15 @@ class LinearWithLowRank(torch.autograd.Function):
         ctx: Any, x: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
     ) -> Tensor:
         source = x if z is None else z
-        h = linear(source, _as(a, x.dtype))
-        y = linear(x, weight, bias)
-        # `view`, which would refuse to copy: the sum must land in y.
-        (y if y.dim() == 2 else y.view(-1, y.shape[-1])).addmm_(_rows(h), _as(b, x.dtype).t(), alpha=scale)
+        h = linear(_rows(source), _as(a, x.dtype))
+        # Into memory of its own: what `linear` gives may be a view, and autograd lets nobody write into that in place.
+        y = x.new_empty(*x.shape[:-1], weight.shape[0])
+        rows = y if y.dim() == 2 else y.view(-1, y.shape[-1])
+        if bias is None:
+            torch.mm(_rows(x), weight.t(), out=rows)
+        else:
+            torch.addmm(bias, _rows(x), weight.t(), out=rows)
+        rows.addmm_(h, _as(b, x.dtype).t(), alpha=scale)
         needs = ctx.needs_input_grad
         trained = needs[4] or needs[5]
         ctx.scale, ctx.own_input = scale, z is None
@@ -108,7 +113,7 @@ class LinearWithLowRank(torch.autograd.Function):
                 grad_z = back.mm(a_).view(*shape, a.shape[1])
         if need_b:
             # The saved product is a constant; a second derivative goes through it to z and A.
-            inner = linear(source, a_) if again else _rows(h)
+            inner = linear(source, a_) if again else h
             # Thin matrix first: g^T h takes twice as long on a CPU as its transpose does.
             grad_b = (inner if scale == 1.0 else inner * scale).t().mm(g).t().to(b.dtype)
         if need_x:

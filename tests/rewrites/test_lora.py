@@ -213,6 +213,17 @@ def test_eager_training_is_fused_and_the_rest_is_not():
         assert not uses(lambda: model(x))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(4, 7), (2, 3, 7)])
+def test_its_output_may_be_changed_in_place_as_that_of_a_linear_may(bias, shape):
+    ours, x = patched(linear(bias)), torch.randn(shape, requires_grad=True)
+    found = []
+    for change in (lambda y: y.add_(1).relu_(), lambda y: (y + 1).relu()):
+        y = change(ours(x))
+        found.append((y, *torch.autograd.grad(y.square().sum(), (x, ours[0].lora_A, ours[0].lora_B))))
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_of_a_small_input_the_composed_ops_give_the_same(monkeypatch):
     ours, x = patched(linear()), torch.randn(3, 7, requires_grad=True)
     found = []

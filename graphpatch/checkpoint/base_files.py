@@ -63,6 +63,11 @@ class BaseFiles:
                 slots[name] = slot
         return cls(folder, files, slots)
 
+    @property
+    def beside(self) -> Path:
+        """The directory that the files are in."""
+        return self.folder if self.folder.is_dir() else self.folder.parent
+
     def read(self, name: str) -> torch.Tensor:
         """A tensor, in memory of its own."""
         slot = self.slots[name]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,29 @@ def meta_model(folder: Path, why: str) -> PreTrainedModel:
     `why` it is needed, for who has no transformers. Raises `Error` (GP645).
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
+    cls = _class_of(config, why)
+    skipped = ("attn_implementation", "_attn_implementation", "quantization_config")
+    plain = {key: value for key, value in config.items() if key not in skipped}
+    try:
+        with _quiet(), torch.device("meta"):
+            return cls._from_config(cls.config_class.from_dict(plain))  # type: ignore[no-any-return]
+    except Exception as error:  # whatever a model's constructor makes of a config
+        raise _cannot(f"{why}, and {cls.__name__} cannot be built from {folder / 'config.json'}", error) from None
+
+
+def never_saved(folder: Path, names: Iterable[str]) -> set[str]:
+    """Those of the weights that the model of `config.json` leaves out of its checkpoints, as it makes them anew."""
+    if model_type(folder) is None:
+        return set()
+    try:
+        cls = _class_of(json.loads((folder / "config.json").read_text(encoding="utf-8-sig")), "")
+    except Error:
+        return set()
+    patterns = getattr(cls, "_keys_to_ignore_on_save", None) or ()
+    return {name for name in names if any(re.search(pattern, name) for pattern in patterns)}
+
+
+def _class_of(config: Any, why: str) -> Any:
     try:
         import transformers
         from transformers import PreTrainedModel
@@ -45,13 +69,7 @@ def meta_model(folder: Path, why: str) -> PreTrainedModel:
     cls: Any = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel) and cls.config_class is not None):
         raise _cannot(f"{why}, and transformers {transformers.__version__} has no model class {name}", None)
-    skipped = ("attn_implementation", "_attn_implementation", "quantization_config")
-    plain = {key: value for key, value in config.items() if key not in skipped}
-    try:
-        with _quiet(), torch.device("meta"):
-            return cls._from_config(cls.config_class.from_dict(plain))  # type: ignore[no-any-return]
-    except Exception as error:  # whatever a model's constructor makes of a config
-        raise _cannot(f"{why}, and {name} cannot be built from {folder / 'config.json'}", error) from None
+    return cls
 
 
 def _cannot(title: str, error: Exception | None, *fixes: str) -> Error:

@@ -114,8 +114,9 @@ class LinearWithLowRank(torch.autograd.Function):
         if need_b:
             # The saved product is a constant; a second derivative goes through it to z and A.
             inner = linear(source, a_) if again else h
-            # Thin matrix first: g^T h takes twice as long on a CPU as its transpose does.
-            grad_b = (inner if scale == 1.0 else inner * scale).t().mm(g).t().to(b.dtype)
+            # Thin matrix first: g^T h takes twice as long on a CPU as its transpose does. Laid out as B is while it is
+            # in the cache, or autograd copies it later.
+            grad_b = (inner if scale == 1.0 else inner * scale).t().mm(g).t().to(b.dtype).contiguous()
         if need_x:
             if ctx.own_input:
                 grad_x = torch.addmm(g.mm(weight), back, a_) if again else g.mm(weight).addmm_(back, a_)

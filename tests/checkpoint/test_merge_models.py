@@ -133,6 +133,28 @@ def test_an_expert_is_in_the_file_that_holds_it(tmp_path):
     assert torch.equal(*(t["model.layers.1.block_sparse_moe.gate.weight"] for t in (base, out)))
 
 
+def test_weights_that_a_model_never_saves_are_not_missed(tmp_path):
+    torch.manual_seed(0)
+    sizes = {
+        "d_model": 32,
+        "vocab_size": 64,
+        "decoder_vocab_size": 64,
+        "max_position_embeddings": 16,
+        "pad_token_id": 0,
+    }
+    for side in ("encoder", "decoder"):
+        sizes |= {f"{side}_layers": 1, f"{side}_attention_heads": 2, f"{side}_ffn_dim": 48}
+    model = transformers.MarianMTModel(transformers.MarianConfig(**sizes)).eval()
+    model.save_pretrained(tmp_path / "base")
+    made = patch(model, "patch {q,v}_proj with lora(rank=4)\nfreeze ** except @new")
+    randomise(made)
+    graphpatch.save_adapter(made, tmp_path / "adapter")
+    made.bake()
+    graphpatch.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    found = transformers.MarianMTModel.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in model.state_dict().items())
+
+
 def test_the_model_inside_has_the_names_less_a_prefix(tmp_path):
     model = saved(tmp_path, "llama", "patch layers[*].**:Linear with lora(rank=4)\nfreeze ** except @new")
     torch.manual_seed(0)

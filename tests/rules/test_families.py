@@ -83,7 +83,7 @@ ROLES = {
     "falcon": (1, 32, 32, 1, 0, 1, 33, 0, 0, 0),
     "mpt": (1, 24, 24, 1, 0, 1, 49, 0, 0, 0),
     "qwen2_vl": (2, 112, 112, 1, 0, 1, 226, 0, 0, 1),
-    "distilbert": (1, 6, 6, 1, 0, 0, 14, 0, 0, 0),
+    "distilbert": (1, 6, 6, 1, 0, 1, 14, 0, 0, 0),
 }
 NAMES = ("layers", "block", "attn", "embed", "scaled_embed", "head", "norm", "router", "experts", "tower")
 

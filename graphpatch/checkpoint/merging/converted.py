@@ -41,7 +41,7 @@ def converted_places(files: BaseFiles) -> Mapping[str, Place] | None:
 
     Raises `Error` (GP645) where transformers is not installed, or does not know the model.
     """
-    folder = files.folder if files.folder.is_dir() else files.folder.parent
+    folder = files.beside
     if model_type(folder) is None:
         return None
     model = meta_model(folder, "the names in the files are not those of the model, which transformers translates")

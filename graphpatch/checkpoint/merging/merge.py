@@ -95,7 +95,7 @@ def _updates(adapter: str | PathLike[str], files: BaseFiles) -> Updates:
 
 def _updates_of_peft(folder: Path, files: BaseFiles) -> Updates:
     """Such an adapter says which modules it changes and not of what kind they are: the model has to be known."""
-    base = files.folder if files.folder.is_dir() else files.folder.parent
+    base = files.beside
     if model_type(base) is None:
         title = (
             f"{folder} is an adapter of PEFT, and {base} has no config.json of transformers that says of which model"

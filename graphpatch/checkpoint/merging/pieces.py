@@ -11,6 +11,7 @@ from torch import Tensor
 from ...lang.diagnostics import Diagnostic, Error
 from ..base_files import BaseFiles, Slot
 from ..base_weights import find_names, refuse_missing, refuse_packed, refuse_shapes
+from ..hf_model import never_saved
 from .converted import Place, converted_places
 from .updates import Shape, Updates
 
@@ -66,7 +67,10 @@ def locate(
             again = _found(aliases, translated)
             if sum(map(bool, again.values())) >= sum(map(bool, found.values())):
                 places, found = translated, again
-    refuse_missing([name for name, there in found.items() if not there], places, files.folder.name)
+    missing = [name for name, there in found.items() if not there]
+    if missing and not set(missing) & set(changed):
+        missing = [name for name in missing if name not in never_saved(files.beside, missing)]
+    refuse_missing(missing, places, files.folder.name)
     refuse_shapes([(n, places[k].shape, shapes[n]) for n, there in found.items() for k in there], files.folder.name)
     return {name: [places[key] for key in there] for name, there in found.items()}
 

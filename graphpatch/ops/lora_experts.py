@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ..tree.tree import Signature
 from .op import Refusal, Target
 
 _HERE = "graphpatch.rewrites.lora_experts"
@@ -34,7 +35,7 @@ class Stack(NamedTuple):
 def stack(target: Target) -> Stack:
     """What a parameter is as experts. Raises `Refusal` where it is none that `lora` knows the use of."""
     signature, name, tensor = target.signature, target.parameter, target.tensor
-    projections, transposed = _known(target)
+    projections, transposed = stacks_of(signature)
     if name not in projections or tensor is None:
         has = f"of {signature.cls or 'this module'} `lora` takes {' and '.join(projections)}" if projections else ""
         raise Refusal(
@@ -57,15 +58,14 @@ def stack(target: Target) -> Stack:
 
 def row_of(target: Target, row: str) -> str:
     """The rewrite that knows how the stack is stored: a merge has to, and sees no module."""
-    return TRANSPOSED if row == ROUTED and _known(target)[1] else row
+    return TRANSPOSED if row == ROUTED and stacks_of(target.signature)[1] else row
 
 
 _FLOATS = {"float64", "float32", "bfloat16", "float16"}
 
 
-def _known(target: Target) -> tuple[tuple[str, ...], bool]:
-    """The stacks of the module, and whether they are transposed; none where its forward is unknown."""
-    signature = target.signature
+def stacks_of(signature: Signature) -> tuple[tuple[str, ...], bool]:
+    """The stacks of a module, and whether they are transposed; none where its forward is unknown."""
     kind = next((c.rpartition(".")[2] for c in signature.mro if c in STACKS), "")
     if kind == "JetMoeParallelExperts":
         return ("weight",), False

@@ -7,7 +7,9 @@
   `MultiheadAttention.merge` and the `Linear.merge` it calls), in training too, so its B is half of what it comes to.
 - DoRA on a convolution: a magnitude (out,) here, (1, out, 1, ...) there.
 - Experts: here (experts, rank, in) and (experts, out, rank); PEFT has A as (experts * rank, in), the expert slowest,
-  and B as (out, rank * experts), the expert fastest (peft 0.21, lora/layer.py, `ParamWrapper.get_delta_weight`).
+  and B as (out, rank * experts), the expert fastest (peft 0.21, lora/layer.py, `ParamWrapper.get_delta_weight`). A
+  stack that is stored (experts, in, out) without saying so (Llama 4) PEFT takes for the other way round: its A is our
+  B, and its B our A.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from collections.abc import Mapping
 import torch
 
 from ...lang.diagnostics import Diagnostic, Error
+from ...ops.lora_experts import stacks_of
 from .keys import Adapted
 
 Named = dict[str, torch.Tensor]
@@ -28,7 +31,10 @@ def ours(one: Adapted, theirs: Mapping[str, torch.Tensor]) -> Named:
     if one.turned:
         return {"lora_A": theirs["lora_B"].t(), "lora_B": theirs["lora_A"].t()}
     found = dict(theirs)
-    if one.kind == "experts":
+    if _mistaken(one):
+        found = {"lora_A": _unstacked(theirs["lora_B"], _flipped(one.shapes["lora_A"]), "lora_B").mT,
+                 "lora_B": _unstacked(theirs["lora_A"], _flipped(one.shapes["lora_B"]), "lora_A").mT}  # fmt: skip
+    elif one.kind == "experts":
         for name, tensor in theirs.items():
             if len(one.shapes[name]) == 3 and tensor.dim() == 2:
                 found[name] = _unstacked(tensor, one.shapes[name], name)
@@ -46,7 +52,9 @@ def theirs(one: Adapted, ours: Mapping[str, torch.Tensor]) -> Named:
     if one.turned:
         return {"lora_A": ours["lora_B"].t(), "lora_B": ours["lora_A"].t()}
     found = dict(ours)
-    if one.kind == "experts":
+    if _mistaken(one):
+        found = {"lora_A": ours["lora_B"].mT.flatten(0, 1), "lora_B": ours["lora_A"].permute(2, 1, 0).flatten(1)}
+    elif one.kind == "experts":
         for name, tensor in ours.items():
             if tensor.dim() == 3:
                 found[name] = tensor.flatten(0, 1) if name == "lora_A" else tensor.permute(1, 2, 0).flatten(1)
@@ -57,6 +65,17 @@ def theirs(one: Adapted, ours: Mapping[str, torch.Tensor]) -> Named:
     if _OUTPUT in found:
         found[_OUTPUT] = found[_OUTPUT] / 2
     return found
+
+
+def _mistaken(one: Adapted) -> bool:
+    """Whether PEFT takes the rows of these experts for their columns."""
+    said = one.signature.attributes.get("is_transposed") is True
+    return one.kind == "experts" and stacks_of(one.signature)[1] and not said
+
+
+def _flipped(shape: tuple[int, ...]) -> tuple[int, ...]:
+    experts, first, second = shape
+    return (experts, second, first)
 
 
 def _unstacked(tensor: torch.Tensor, shape: tuple[int, ...], name: str) -> torch.Tensor:

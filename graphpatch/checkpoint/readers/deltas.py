@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...lang.diagnostics import Diagnostic, Error
+from ...ops.lora_experts import stacks_of
 from ...ops.lora_shapes import factor_shapes
 from ...ops.op import Refusal
 from ...patch.imports import load_rewrite
@@ -160,7 +161,7 @@ def _of_stack(path: str, name: str, shape: Sequence[int], signature: Signature, 
         held[at].append(product._replace(row=row))
     pairs = [_whole(LowRank(products, 1.0, columns), rows, columns) for products in held]
     left, right = torch.stack([pair[0] for pair in pairs]), torch.stack([pair[1] for pair in pairs])
-    if signature.attributes.get("is_transposed") is True:  # stored (experts, in, out)
+    if stacks_of(signature)[1]:  # stored (experts, in, out)
         left, right = right.mT, left.mT
     return Delta(path, right, scaled(left, merging.scale), parameter=name)
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...ops.lora_experts import stacks_of
 from ...ops.lora_shapes import factor_shapes
 from ...tree.tree import Tree
 from .adapter import PREFIX
@@ -153,7 +154,7 @@ def _in_stacks_alone(path: str, tree: Tree) -> str:
     node = tree.find(path)
     assert node is not None
     facts, kind = tree.signature(node).attributes, str((tree.config_of(node) or {}).get("model_type", ""))
-    if kind.startswith(STACKED) or facts.get("is_transposed") is True or facts.get("is_concatenated") is False:
+    if kind.startswith(STACKED) or stacks_of(tree.signature(node))[1] or facts.get("is_concatenated") is False:
         return f"{path}: the files of {kind or 'this model'} hold experts in stacks, and llamacpp and sglang one by one"
     return ""
 

@@ -155,6 +155,19 @@ def deepseek() -> nn.Module:
     return transformers.DeepseekV3ForCausalLM(config).eval()
 
 
+def llama4(intermediate: int = 24) -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.Llama4TextConfig(
+        **MOE, intermediate_size=intermediate, intermediate_size_mlp=24, num_local_experts=4, head_dim=8, pad_token_id=0
+    )
+    model = transformers.Llama4ForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "experts" in name:
+                parameter.normal_(std=0.2)
+    return model
+
+
 def gpt_oss() -> nn.Module:
     torch.manual_seed(0)
     config = transformers.GptOssConfig(

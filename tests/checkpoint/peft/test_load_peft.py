@@ -15,6 +15,7 @@ from tests.checkpoint.peft.models import (
     gpt2,
     gpt_oss,
     llama,
+    llama4,
     logits,
     mixtral,
     qwen3_moe,
@@ -86,6 +87,14 @@ CASES = {
     "experts, gpt-oss": (
         gpt_oss,
         {"target_modules": ["v_proj"], "target_parameters": ["experts.gate_up_proj"], "r": 4},
+    ),
+    "experts, llama 4": (
+        llama4,
+        {"target_modules": ["v_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "r": 4},
+    ),
+    "experts, llama 4, square": (
+        lambda: llama4(16),
+        {"target_modules": ["v_proj"], "target_parameters": ["experts.down_proj"], "r": 4},
     ),
     "the weight of a linear": (llama, {"target_modules": [], "target_parameters": ["q_proj.weight"], "r": 4}),
     "weights of linears among experts": (

@@ -22,9 +22,9 @@ from .imports import brief
 from .in_place import InPlaceChange
 from .observe import observe
 from .over_ranks import over_ranks
-from .patch import Patch, adapter_changes, patches, undo
+from .patch import Patch, adapter_changes, undo
 from .preflight import Preflight
-from .record import JOURNALS, Journal, journals_of
+from .record import JOURNALS, Journal, journals_of, roots_in
 from .refuse import refuse_distributed, refuse_selected
 
 if TYPE_CHECKING:
@@ -133,12 +133,13 @@ def _carry_out(
 ) -> Patch:
     root = unwrapped(model)
     nodes = [node for step in plan.steps for node in step.nodes]
-    refuse_selected(model)
+    patched = roots_in(tree)
+    refuse_selected(model, patched)
     refuse_distributed(model, tree, nodes)
     changes = Preflight(plan.id, tree, plan.grads, allow_import, fresh, initialise).changes(plan.steps)
     refuse_unknown(changes, root, tree.paths)
     observe(model, changes, batches, tree.paths)
-    _join(changes, root)
+    _join(changes, patched)
     if ready is not None:
         ready()
 
@@ -180,9 +181,10 @@ def _carry_out(
     return Patch(root, journal)
 
 
-def _join(changes: Sequence[Change], root: nn.Module) -> None:
+def _join(changes: Sequence[Change], patched: Sequence[nn.Module]) -> None:
     """What adds to an adapter that is there is active, and weighted, as that is."""
-    there = {change.entry.adapter: change for patch in patches(root) for change in adapter_changes(patch._journal)}
+    journals = [journal for root in patched for journal in journals_of(root)]
+    there = {change.entry.adapter: change for journal in journals for change in adapter_changes(journal)}
     for change in changes if there else ():
         if isinstance(change, InPlaceChange) and hasattr(change.entry, "adapter") and change.entry.adapter in there:
             known = there[change.entry.adapter]

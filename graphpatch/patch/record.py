@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from ..rewrites.rewrite import InPlace
-from ..tree.tree import Mark
+from ..tree.tree import Mark, Tree
 
 if TYPE_CHECKING:
     from .change import Change
@@ -143,3 +143,11 @@ def roots(model: nn.Module) -> Iterator[nn.Module]:
             if JOURNALS in module.__dict__:
                 yield module
             ahead.extend(child for child in reversed(module._modules.values()) if child is not None)
+
+
+def roots_in(tree: Tree) -> list[nn.Module]:
+    """The same for a tree with live modules, which was walked already: without a patch on it, it has all of them."""
+    assert tree.modules is not None
+    if tree.marks:
+        return list(roots(tree.modules[0]))
+    return [module for module in tree.modules if JOURNALS in module.__dict__]

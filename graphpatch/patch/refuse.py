@@ -117,9 +117,9 @@ def refuse_offloaded(module: nn.Module, path: str, rule: str) -> None:
         )
 
 
-def refuse_selected(model: nn.Module) -> None:
-    """Raise `ApplyError` (GP549) within `per_sample`, where nothing else may change."""
-    if any(SELECTED in root.__dict__ for root in roots(model)):
+def refuse_selected(model: nn.Module, known: Sequence[nn.Module] | None = None) -> None:
+    """Raise `ApplyError` (GP549) within `per_sample`, where nothing else may change. `known` are the model's roots."""
+    if any(SELECTED in root.__dict__ for root in (roots(model) if known is None else known)):
         raise ApplyError(
             Diagnostic(
                 "GP549",

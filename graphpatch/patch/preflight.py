@@ -158,9 +158,9 @@ class Preflight:
         if "forward" in own or "_hf_hook" in own:
             refuse_bypassed(module, self._path(step, at), step.rule)
             refuse_offloaded(module, self._path(step, at), step.rule)
-        taken = {*step.adds, *(() if step.adds else step.op.shares)} & {*held, *own, *buffers, *children}
-        if taken:
-            raise self._taken(step, at, min(taken))
+        for added in step.adds or step.op.shares:
+            if added in held or added in own or added in buffers or added in children:
+                raise self._taken(step, at, added)
         return self._device_of(module) if weight is None else weight.device
 
     def _owner(self, node: int) -> nn.Module:

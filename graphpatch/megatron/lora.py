@@ -227,5 +227,7 @@ def refuse_shared(module: nn.Module) -> None:
 
 
 def _multiplies_in_its_own_method(cls: type) -> bool:
-    owner: Any = next((c for c in cls.__mro__ if c.__name__ in ("ColumnParallelLinear", "RowParallelLinear")), None)
-    return owner is not None and "_forward_impl" in owner.forward.__code__.co_names and hasattr(owner, "_forward_impl")
+    # Its own class: one that was made of it for an earlier adapter has the same name.
+    names = ("ColumnParallelLinear", "RowParallelLinear")
+    owner: Any = next((c for c in cls.__mro__ if c.__name__ in names and "_forward_impl" in c.__dict__), None)
+    return owner is not None and "_forward_impl" in owner.forward.__code__.co_names

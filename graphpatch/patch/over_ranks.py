@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from ..lang.diagnostics import ApplyError, Diagnostic
 from .drift import unwrapped
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from .patch import Patch
 
 OVER_RANKS: Mapping[str, Mapping[str, str]] = {
     "megatron.core.transformer.module.MegatronModule": {
@@ -47,9 +49,20 @@ def over_ranks(
     return getattr(import_module(module), name)  # type: ignore[no-any-return]
 
 
-def parts(patch: T | Sequence[T]) -> list[T]:
-    """The patches of a process: one, or those of its virtual chunks."""
-    return list(patch) if isinstance(patch, (list, tuple)) else [patch]  # type: ignore[list-item]
+def parts(patch: Patch | Sequence[Patch]) -> list[Patch]:
+    """The patches of a process: one, or those of its virtual chunks. Raises `ApplyError` (GP954) for several of another
+    kind, of which each is an adapter of its own."""
+    found: list[Patch] = list(patch) if isinstance(patch, (list, tuple)) else [patch]  # type: ignore[list-item]
+    if len(found) != 1 and (not found or over_ranks([one.model for one in found], "slots") is None):
+        raise ApplyError(
+            Diagnostic(
+                "GP954",
+                f"{len(found)} patches are given for one adapter",
+                text=("those of the virtual chunks of a megatron-core model go together, and no others",),
+                fixes=("give one patch at a time",),
+            )
+        )
+    return found
 
 
 def refuse_parts(model: nn.Module, what: str) -> None:

@@ -45,6 +45,20 @@ def said(folder: Path) -> float:
 # ── writing ──
 
 
+@pytest.mark.parametrize("count", [0, 2])
+def test_one_patch_at_a_time(tmp_path, count):
+    several = [marked(1.0) for _ in range(count)]
+    for act in (
+        lambda: graphpatch.save_adapter(several, tmp_path / "a"),
+        lambda: graphpatch.to_peft(several, tmp_path / "a"),
+        lambda: graphpatch.load_weights(several, tmp_path / "a"),
+    ):
+        with pytest.raises(graphpatch.ApplyError) as caught:
+            act()
+        assert caught.value.code == "GP954"
+    assert not any(tmp_path.iterdir())
+
+
 def test_the_same_patch_gives_the_same_bytes(tmp_path):
     patch = marked(1.0)
     for name in ("a", "b"):

@@ -151,6 +151,37 @@ def test_one_process_reads_it_as_any_other(tmp_path, name):
     assert all(torch.equal(here[key], value) for part in found for key, value in part.items())
 
 
+def renamed(folder: str) -> list[str]:
+    """An adapter loaded under another name beside the one that is there."""
+    chunks = chunks_of(**sizes("lora"))
+    first = graphpatch.load_adapter(chunks, folder)
+    again = graphpatch.load_adapter(chunks, folder, adapter="other")
+    assert first != again and all(len(patches(chunk)) == 2 for chunk in chunks)
+    try:
+        graphpatch.load_weights(again, folder)  # the names differ, and a rank has a part
+        code = ""
+    except graphpatch.Error as error:
+        code = error.code
+    same = [
+        torch.equal(parameter, chunk.get_parameter(name.removesuffix("_other")))
+        for chunk in chunks
+        for name, parameter in chunk.named_parameters()
+        if name.endswith("_other")
+    ]
+    for patch in reversed([*first, *again]):
+        patch.revert()
+    return [
+        code,
+        str(bool(same) and all(same)),
+        *{type(m).__name__ for chunk in chunks for m in chunk.modules() if "LoRA" in type(m).__name__},
+    ]
+
+
+def test_under_another_name_beside_the_first(tmp_path):
+    ranks(saved, "lora", str(tmp_path), tp=2)
+    assert ranks(renamed, str(tmp_path), pp=2, vpp=2) == [["GP953", "True"]] * 2
+
+
 def misfit(folder: str, change: str) -> tuple[str, bool]:
     chunks = chunks_of(**{**sizes("lora"), **({"ffn_hidden_size": 96} if change == "base" else {})})
     before = [type(m) for chunk in chunks for m in chunk.modules()]

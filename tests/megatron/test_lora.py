@@ -16,7 +16,7 @@ from graphpatch.patch.patch import patches
 
 from .models import BATCH, LENGTH, VOCABULARY, config, fill, gathered
 from .pool import one, ranks
-from .training import assert_same, built, together, trained
+from .training import assert_same, built, chunks_of, together, trained
 
 LINEARS = "patch :ColumnParallelLinear | :RowParallelLinear with lora(rank=4, alpha=8{})\n"
 FROZEN = "freeze ** except @new"
@@ -290,6 +290,24 @@ def test_a_norm_fused_behind_a_linear_norms_both():
         assert {n for n in found if "grad" in n} == {"grad of lora_A", "grad of lora_B"}
         for name, value in found.items():
             torch.testing.assert_close(value, alone[name], rtol=1e-4, atol=1e-4)
+
+
+def two_adapters(**options: Any) -> dict[str, Any]:
+    """Both train: each on all linears, and of other ranks."""
+    chunks = chunks_of(**options)
+    for name, rank in (("math", 4), ("code", 2)):
+        rules = LINEARS.format(f', adapter="{name}"').replace("rank=4", f"rank={rank}")
+        graphpatch.apply(chunks, graphpatch.parse(rules + "freeze ** except @new\ntrain lora_A_* | lora_B_*"))
+    for chunk in chunks:
+        fill(chunk, lambda n: "lora" in n)
+    return trained(chunks)
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}], ids=str)
+def test_two_adapters_on_the_same_linears(layout):
+    alone = one(two_adapters)
+    assert {name.rpartition("_")[2] for name in alone["grads"]} == {"math", "code"}
+    assert_same(together(ranks(two_adapters, **layout)), alone)
 
 
 def merged(rules: str) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor], bool]:

@@ -36,6 +36,7 @@ from .adapters import Adapters, Name, quoted
 from .apply import apply_plan
 from .drift import unwrapped
 from .original import original_plan
+from .over_ranks import refuse_parts
 from .patch import Patch, adapter_changes
 from .refuse import refuse_selected
 
@@ -69,10 +70,11 @@ def combine(
     rules, so it is saved, loaded and exported as any other.
 
     Raises `ApplyError`: GP525 for arguments, GP526 for ranks that differ, GP527 for adapters that cannot be combined
-    (DoRA's magnitudes, a trained bias), GP528 where the name is taken, GP545 for an unknown adapter; nothing has
-    changed then.
+    (DoRA's magnitudes, a trained bias), GP528 where the name is taken, GP545 for an unknown adapter, GP953 where this
+    process has a part of the model; nothing has changed then.
     """
     refuse_selected(model)
+    refuse_parts(model, "a combination of adapters is")
     how = _How.checked(method, rank, density, majority, seed)
     found = Adapters(model)
     if not weights or not isinstance(weights, Mapping):

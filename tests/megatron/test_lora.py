@@ -295,9 +295,9 @@ def test_a_norm_fused_behind_a_linear_norms_both():
 def two_adapters(**options: Any) -> dict[str, Any]:
     """Both train: each on all linears, and of other ranks."""
     chunks = chunks_of(**options)
-    for name, rank in (("math", 4), ("code", 2)):
+    for name, rank, frozen in (("math", 4, FROZEN), ("code", 2, "")):
         rules = LINEARS.format(f', adapter="{name}"').replace("rank=4", f"rank={rank}")
-        graphpatch.apply(chunks, graphpatch.parse(rules + "freeze ** except @new\ntrain lora_A_* | lora_B_*"))
+        graphpatch.apply(chunks, graphpatch.parse(rules + frozen))
     for chunk in chunks:
         fill(chunk, lambda n: "lora" in n)
     return trained(chunks)

@@ -27,7 +27,7 @@ from ..plan.ruleset import RuleSet
 from ..tree.tree import Tree
 from .over_ranks import apply, part_of, whole_tree
 from .ranks import all_or_none, gathered, rank, refuse_parts, told
-from .sharding import cut, share_of, whole_of
+from .sharding import cut, share_of, size_of, whole_of
 from .unsharded import unsharded
 from .weights import EMBEDDING
 from .whole import expert_rank, numbered
@@ -104,8 +104,15 @@ class _Live(NamedTuple):
         return whole_of(self.module, self.tensor, share_of(self.module, self.name))
 
     def cut(self, value: Tensor) -> Tensor:
+        """This rank's part; of another shape than the whole has, all of it, which is told of where it is put in."""
         share = share_of(self.module, self.name)
-        return value if share is None else cut(self.module, value, share)
+        if (
+            share is None
+            or value.dim() <= share.dim
+            or value.shape[share.dim] != sum(share.sizes) * size_of(self.module)
+        ):
+            return value
+        return cut(self.module, value, share)
 
 
 def _original(parts: Sequence[Patch]) -> tuple[RuleSet, list[Tree]]:

@@ -151,6 +151,21 @@ def test_one_process_reads_it_as_any_other(tmp_path, name):
     assert all(torch.equal(here[key], value) for part in found for key, value in part.items())
 
 
+def into_another(folder: str) -> str:
+    chunks = chunks_of(**{**sizes("lora"), "ffn_hidden_size": 96})
+    done = graphpatch.apply(chunks, graphpatch.parse(RULES["lora"]))
+    before = [p.detach().clone() for chunk in chunks for p in chunk.parameters()]
+    with pytest.raises(graphpatch.Error) as caught:
+        graphpatch.load_weights(done, folder)
+    assert all(map(torch.equal, before, (p for chunk in chunks for p in chunk.parameters())))
+    return caught.value.code
+
+
+def test_weights_of_other_shapes_are_told_of(tmp_path):
+    ranks(saved, "lora", str(tmp_path), tp=2)
+    assert ranks(into_another, str(tmp_path), tp=2) == ["GP615"] * 2
+
+
 def renamed(folder: str) -> list[str]:
     """An adapter loaded under another name beside the one that is there."""
     chunks = chunks_of(**sizes("lora"))

@@ -19,7 +19,7 @@ from ..checkpoint.load import is_of, renamed
 from ..checkpoint.moved import brought
 from ..checkpoint.save import write_adapter
 from ..checkpoint.saved import Saved
-from ..checkpoint.tensors import Named, added_tensors, journal_of, moved_tensors, refuse_names, tensor_at
+from ..checkpoint.tensors import Named, added_tensors, check, journal_of, moved_tensors, refuse_names, tensor_at
 from ..patch.original import original_rules, unmarked
 from ..patch.patch import Patch, patches
 from ..plan.plan import Plan
@@ -230,15 +230,22 @@ def _fill(parts: Sequence[Patch], tensors: Mapping[str, Tensor], saved: Saved, r
     live = [{one.key: (name, one) for name, one in _places(patch, saved)} for patch in parts]
     known = {key for rank_said in told([key for chunk in live for key in chunk]) for key in rank_said}
 
-    def put() -> None:
+    def look() -> list[Named]:
         refuse_names(sorted(known - tensors.keys()), [key for key in tensors if key not in known], saved.folder)
-        for patch, places in zip(parts, live):
-            mine = {name: one.cut(tensors[key]) for key, (name, one) in places.items()}
+        found = []
+        for places in live:
+            found.append({name: one.cut(tensors[key]) for key, (name, one) in places.items()})
+            check(found[-1], {name: one.tensor for name, one in places.values()}, saved.folder)
+        return found
+
+    def put() -> None:
+        for patch, places, mine in zip(parts, live, cuts):
             moved = [name for name, one in places.values() if not one.added]
             if remember and moved and len(patches(patch.model)) > 1:
                 warn_of_moved(saved.folder, moved)
             fill(patch, mine, saved.folder, remember=moved if remember else ())
 
+    cuts = all_or_none(look)
     all_or_none(put)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,8 +27,6 @@ from ..rewrites.combining import (
     on_factors,
     on_products,
 )
-from ..rewrites.lora_base import Adapter
-from ..rewrites.spread import of_parts
 from ..rewrites.stacks import shares, stacked, unstacked
 from ..tree.compress import compress
 from ..tree.tree import Tree
@@ -218,17 +216,8 @@ def _updates(module: nn.Module, entry: Any, weight: float) -> list[Update]:
         tensor = getattr(module, name).detach()
         return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
-    pairs = [entry.factors(get)] if entry.started else _apart(entry, get)
+    pairs = [entry.factors(get)] if entry.started else entry.apart(get)
     return [Update(*stacked(a, b, module), entry.scale, weight) for a, b in pairs]
-
-
-def _apart(entry: Adapter, get: Callable[[str], Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """The A and B of each part of each weight, as views."""
-    if entry.pairs:
-        weights = [(get(pair.a), get(pair.b), pair.spread(get(pair.b))) for pair in entry.pairs]
-    else:
-        weights = [(*entry.pair(get), None)] if entry.spread is None else [(get(entry.a), get(entry.b), entry.spread)]
-    return [one for a, b, how in weights for one in ([(a, b)] if how is None else of_parts(a, b, how))]
 
 
 # ── what becomes of it ──
@@ -310,7 +299,7 @@ def _fill(patch: Patch, plan: Plan, results: Mapping[Target, _Result]) -> None:
             for node in step.nodes if step.adds else ():  # a tied weight's second use has the factors of the first
                 module, result = modules[node], results[node, step.parameter]
                 entry = entries[module, tuple(step.adds)]
-                for (own_a, own_b), (new_a, new_b) in zip(_apart(entry, partial(getattr, module)), result.factors):
+                for (own_a, own_b), (new_a, new_b) in zip(entry.apart(partial(getattr, module)), result.factors):
                     own_a.copy_(unstacked(new_a, module, own_a.shape))
                     own_b.copy_(new_b.reshape(own_b.shape))
 

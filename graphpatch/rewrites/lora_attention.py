@@ -16,7 +16,7 @@ from ..ops.lora_parts import Spread
 from ..ops.op import Op
 from .lora_base import Adapter, LoraModule
 from .merging import LowRank, Merging
-from .spread import of_parts, spread
+from .spread import spread
 
 
 class Pair(NamedTuple):
@@ -60,11 +60,8 @@ class LoraAttention(LoraModule):
     @classmethod
     def initialise(cls, entry: Adapter, tensors: Mapping[str, Tensor], module: nn.Module) -> None:
         with torch.no_grad():
-            for pair in entry.pairs:
-                a, b = tensors[pair.a], tensors[pair.b]
-                how = pair.spread(b)
-                for one in [(a, b)] if how is None else of_parts(a, b, how):
-                    cls._start(entry, *one, module)
+            for a, b in entry.apart(tensors.__getitem__):
+                cls._start(entry, a, b, module)
 
     @classmethod
     def merging(

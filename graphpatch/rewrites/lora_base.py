@@ -80,6 +80,16 @@ class Adapter(NamedTuple):
             return b.t(), a.t()
         return (a, b) if self.spread is None else (a, spread(b, self.spread))
 
+    def apart(self, get: Callable[[str], Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """A (rank, in) and B (rows, rank) of each part of each weight, as views."""
+        if self.pairs:
+            weights = [(get(pair.a), get(pair.b), pair.spread(get(pair.b))) for pair in self.pairs]
+        elif self.spread is not None:
+            weights = [(get(self.a), get(self.b), self.spread)]
+        else:
+            weights = [(*self.pair(get), None)]
+        return [one for a, b, how in weights for one in ([(a, b)] if how is None else of_parts(a, b, how))]
+
 
 class LoraModule(InPlace):
     """Adds every adapter's update to what the class below computes from the same input."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
@@ -68,14 +70,8 @@ def test_every_kind(tmp_path, kind):
     build, rank, room, x, options = KINDS[kind]
     torch.manual_seed(0)
     base = build()
-
-    def copy():
-        model = build()
-        model.load_state_dict(base.state_dict())
-        return model
-
-    other = saved(tmp_path / "a", f"patch ^0 with lora(rank={rank}, alpha=3{options})", copy)
-    model = copy()
+    other = saved(tmp_path / "a", f"patch ^0 with lora(rank={rank}, alpha=3{options})", lambda: deepcopy(base))
+    model = deepcopy(base)
     slot = patch(model, f"patch ^0 with lora(rank={room}{options})")
     graphpatch.load_weights(slot, tmp_path / "a", fit=True)
     torch.testing.assert_close(model(x), other(x))
@@ -90,14 +86,8 @@ def test_attention(tmp_path, parts):
     torch.manual_seed(0)
     base = attention()
     x = torch.randn(2, 5, 8)
-
-    def copy():
-        model = attention()
-        model.load_state_dict(base.state_dict())
-        return model
-
-    other = saved(tmp_path / "a", f"patch ^0 with lora(rank=2, alpha=3{parts})", copy)
-    model = copy()
+    other = saved(tmp_path / "a", f"patch ^0 with lora(rank=2, alpha=3{parts})", lambda: deepcopy(base))
+    model = deepcopy(base)
     slot = patch(model, f"patch ^0 with lora(rank=5{parts})")
     graphpatch.load_weights(slot, tmp_path / "a", fit=True)
     torch.testing.assert_close(model[0](x, x, x), other[0](x, x, x))

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from ...lang.diagnostics import Diagnostic, Error
+from ...patch.over_ranks import OVER_RANKS
 from ...patch.patch import Patch
 from ...plan.rules import maps_in_force
 from ...plan.ruleset import RuleSet, load
@@ -171,7 +172,7 @@ def _tree(model: Any) -> Tree:
 
 def _of_megatron(tree: Tree) -> bool:
     """Whether nobody else has modules of these names."""
-    return any(name.startswith("megatron.core.models.") for name in tree.signature(0).mro)
+    return not OVER_RANKS.keys().isdisjoint(tree.signature(0).mro)
 
 
 def _in_stacks(tree: Tree) -> bool:

@@ -77,6 +77,8 @@ def load_adapter(
     """
     if isinstance(allow_import, str):
         allow_import = (allow_import,)  # as a sequence its `*` alone would permit everything
+    if isinstance(model, (list, tuple, nn.ModuleList)) and len(model) == 1:
+        return [load_adapter(model[0], directory, adapter=adapter, allow_import=allow_import)]
     elsewhere = over_ranks(model, "load_adapter")
     if elsewhere is not None:
         return elsewhere(model, directory, adapter, allow_import)  # type: ignore[no-any-return]
@@ -132,7 +134,8 @@ def load_weights(
     Raises `Error`: GP601 to GP603 for files, GP614 for missing and unexpected names, GP615 for shapes and types, GP529
     for another scale, or with `fit` where the adapter does not fit into the patch.
     """
-    every, patch = patch, parts(patch)[0]
+    every = parts(patch)
+    patch = every[0]
     journal_of(patch)
     if _is_checkpoint(patch, source):
         load_base(every, source)
@@ -141,14 +144,14 @@ def load_weights(
         if fit:
             fix = "a directory of save_adapter says them: load_weights(patch, dir, fit=True)"
             raise Error(Diagnostic("GP529", "a state dict does not say the rank and scale it is of", fixes=(fix,)))
-        if len(parts(every)) > 1:
-            title = f"a state dict of an adapter is one patch's, and here are {len(parts(every))}"
+        if len(every) > 1:
+            title = f"a state dict of an adapter is one patch's, and here are {len(every)}"
             raise Error(Diagnostic("GP529", title, fixes=("load_weights(patch, its state dict), one after another",)))
         fill(patch, dict(source), "the state dict")
         return
-    elsewhere = over_ranks(patch.model if every is patch else [patch.model], "load_weights")
+    elsewhere = over_ranks(patch.model if len(every) == 1 else [one.model for one in every], "load_weights")
     if elsewhere is not None:
-        elsewhere(parts(every), source, fit)
+        elsewhere(every, source, fit)
         return
     saved = Saved.read(source)
     name = patch.record["adapter"]

@@ -39,8 +39,9 @@ def save_adapter(patch: Patch | Sequence[Patch], directory: str | PathLike[str],
     save (the meta device), GP655 where the model has outgrown its patch; `ApplyError` (GP509) where the patch was
     reverted or is switched off, GP953 for a `hash_base` of a model over ranks.
     """
-    first = parts(patch)[0]
-    elsewhere = over_ranks(first.model if first is patch else [first.model], "save_adapter")
+    every = parts(patch)
+    first = every[0]
+    elsewhere = over_ranks(first.model if len(every) == 1 else [one.model for one in every], "save_adapter")
     if elsewhere is not None:
         return elsewhere(patch, directory, hash_base)  # type: ignore[no-any-return]
     journal_of(first)

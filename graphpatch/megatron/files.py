@@ -21,13 +21,14 @@ from ..checkpoint.save import write_adapter
 from ..checkpoint.saved import Saved
 from ..checkpoint.tensors import Named, added_tensors, check, journal_of, moved_tensors, refuse_names, tensor_at
 from ..patch.original import original_rules, unmarked
+from ..patch.over_ranks import parts
 from ..patch.patch import Patch, patches
 from ..plan.plan import Plan
 from ..plan.ruleset import RuleSet
 from ..tree.tree import Tree
 from .over_ranks import apply, part_of, whole_tree
-from .ranks import all_or_none, gathered, rank, refuse_parts, told
-from .sharding import cut, share_of, size_of, whole_of
+from .ranks import all_or_none, gathered, needs_whole, rank, told
+from .sharding import cut, share_of, whole_of, whole_shape
 from .unsharded import unsharded
 from .weights import EMBEDDING
 from .whole import expert_rank, numbered
@@ -45,7 +46,7 @@ class Whole(NamedTuple):
 def save_adapter(patch: Patch | Sequence[Patch], directory: str | PathLike[str], hash_base: bool = False) -> None:
     """`graphpatch.save_adapter`; the first rank writes."""
     if hash_base:
-        refuse_parts("a hash of the base's bytes is")
+        raise needs_whole("a hash of the base's bytes is")
     whole = whole_adapter(patch)
     all_or_none(lambda: write_adapter(whole.plan, whole.added, whole.moved, directory) if rank() == 0 else None)
 
@@ -55,16 +56,16 @@ def whole_adapter(patch: Patch | Sequence[Patch]) -> Whole:
 
     Raises what `save_adapter` does, on all ranks.
     """
-    parts = [patch] if isinstance(patch, Patch) else list(patch)
-    rules, trees = all_or_none(lambda: _original(parts))
-    first = parts[0].record
+    every = parts(patch)
+    rules, trees = all_or_none(lambda: _original(every))
+    first = every[0].record
     options = {"adapter": first["adapter"], "allow_import": first["allow_import"]}
     here, whole_one = whole_tree(trees), whole_tree([unsharded(tree) for tree in trees])
     as_here, plan = all_or_none(lambda: (rules.plan(here, **options), rules.plan(whole_one, **options)))
 
     def mine() -> dict[str, _Live]:
         found: dict[str, _Live] = {}
-        for one, tree in zip(parts, trees):
+        for one, tree in zip(every, trees):
             added = {live.key: live for live in _added(one)}
             found |= added
             found |= _moved(one, part_of(as_here, tree), set(added))
@@ -82,7 +83,7 @@ def whole_adapter(patch: Patch | Sequence[Patch]) -> Whole:
     added = {key: value for key, value in tensors.items() if key in new}
 
     def look() -> None:
-        for one in parts if rank() == 0 else ():
+        for one in every if rank() == 0 else ():
             refuse_outgrown(one, plan, added)
 
     all_or_none(look)
@@ -106,19 +107,15 @@ class _Live(NamedTuple):
     def cut(self, value: Tensor) -> Tensor:
         """This rank's part; of another shape than the whole has, all of it, which is told of where it is put in."""
         share = share_of(self.module, self.name)
-        if (
-            share is None
-            or value.dim() <= share.dim
-            or value.shape[share.dim] != sum(share.sizes) * size_of(self.module)
-        ):
+        if share is None or tuple(value.shape) != whole_shape(self.module, share, self.tensor.shape):
             return value
         return cut(self.module, value, share)
 
 
-def _original(parts: Sequence[Patch]) -> tuple[RuleSet, list[Tree]]:
-    for one in parts:
+def _original(every: Sequence[Patch]) -> tuple[RuleSet, list[Tree]]:
+    for one in every:
         journal_of(one)
-    found = [original_rules(one) for one in parts]
+    found = [original_rules(one) for one in every]
     return found[0][0], [numbered(tree, expert_rank()) for _, tree in found]
 
 
@@ -158,9 +155,16 @@ def _global(tree: Tree, patch: Patch, keys: frozenset[str]) -> frozenset[str]:
 
 
 def _in_order(plan: Plan, keys: Sequence[str]) -> list[str]:
-    """In the order of the whole model's modules; of one module, as they are."""
+    """In the order of the whole model's modules, as one process has them; of one module, as they are."""
     order = {path: at for at, path in enumerate(plan.tree.paths)}
-    return sorted(keys, key=lambda key: order.get(key.removeprefix("^").rpartition(".")[0], len(order)))
+
+    def place(key: str) -> int:
+        path = key.removeprefix("^").rpartition(".")[0]
+        while path not in order:  # of a module that was added to one of these
+            path = path.rpartition(".")[0]
+        return order[path]
+
+    return sorted(keys, key=place)
 
 
 # ── in ──
@@ -180,7 +184,7 @@ def load_adapter(
     def read() -> tuple[Saved, list[Tree]]:
         saved = Saved.read(directory)
         if saved.manifest.base.content is not None:
-            refuse_parts("the hash of a base's bytes that this adapter has is")
+            raise needs_whole("the hash of a base's bytes that this adapter has is")
         return saved, [unsharded(numbered(Tree.of(chunk), expert_rank())) for chunk in chunks]
 
     saved, trees = all_or_none(read)
@@ -218,16 +222,16 @@ def load_weights(patch: Sequence[Patch], directory: str | PathLike[str], fit: bo
         saved = Saved.read(directory)
         record = patch[0].record
         if fit or record["rules"] != saved.manifest.rules or record["adapter"] != saved.manifest.adapter:
-            refuse_parts("an adapter that is fitted into a patch of other rules is")
+            raise needs_whole("an adapter that is fitted into a patch of other rules is")
         return saved
 
     saved = all_or_none(read)
     _fill(patch, saved.tensors, saved, remember=False)
 
 
-def _fill(parts: Sequence[Patch], tensors: Mapping[str, Tensor], saved: Saved, remember: bool) -> None:
+def _fill(every: Sequence[Patch], tensors: Mapping[str, Tensor], saved: Saved, remember: bool) -> None:
     """Put in what this rank has of it: on all ranks, or on none."""
-    live = [{one.key: (name, one) for name, one in _places(patch, saved)} for patch in parts]
+    live = [{one.key: (name, one) for name, one in _places(patch, saved)} for patch in every]
     known = {key for rank_said in told([key for chunk in live for key in chunk]) for key in rank_said}
 
     def look() -> list[Named]:
@@ -239,7 +243,7 @@ def _fill(parts: Sequence[Patch], tensors: Mapping[str, Tensor], saved: Saved, r
         return found
 
     def put() -> None:
-        for patch, places, mine in zip(parts, live, cuts):
+        for patch, places, mine in zip(every, live, cuts):
             moved = [name for name, one in places.values() if not one.added]
             if remember and moved and len(patches(patch.model)) > 1:
                 warn_of_moved(saved.folder, moved)

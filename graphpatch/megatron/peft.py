@@ -9,6 +9,7 @@ from pathlib import Path
 from ..checkpoint.mapped.load import world_of
 from ..checkpoint.peft.files import write_files
 from ..checkpoint.peft.mapped import mapped
+from ..patch.over_ranks import parts
 from ..patch.patch import Patch, patches
 from ..plan.rules import maps_in_force
 from ..plan.scope import World
@@ -24,18 +25,18 @@ def to_peft(patch: Patch | Sequence[Patch], directory: str | PathLike[str]) -> N
     Raises `Error` on all ranks: GP952 where no rules on the model have maps, or they know nothing of a module; GP625
     for what PEFT cannot express; GP604 where the files cannot be written.
     """
-    parts = [patch] if isinstance(patch, Patch) else list(patch)
-    whole = whole_adapter(parts)
+    every = parts(patch)
+    whole = whole_adapter(every)
 
     def write() -> None:
-        world = _maps(parts, whole.plan.tree)
+        world = _maps(every, whole.plan.tree)
         if rank() == 0:
             write_files(Path(directory), *mapped(whole.plan, whole.added, whole.moved, world))
 
     all_or_none(write)
 
 
-def _maps(parts: Sequence[Patch], tree: Tree) -> World:
+def _maps(every: Sequence[Patch], tree: Tree) -> World:
     """The rules on the model that have maps, of the adapter or beside it; with no maps if there are none."""
-    worlds = (World(world_of(on).program, tree) for part in parts for on in patches(part.model))
-    return next((world for world in worlds if maps_in_force(world)), World(world_of(parts[0]).program, tree))
+    worlds = (World(world_of(on).program, tree) for part in every for on in patches(part.model))
+    return next((world for world in worlds if maps_in_force(world)), World(world_of(every[0]).program, tree))

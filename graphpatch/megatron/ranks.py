@@ -93,28 +93,43 @@ def refuse_different(what: str, said: Sequence[str], fix: str) -> None:
     )
 
 
-def refuse_parts(what: str) -> None:
-    """Raise `ApplyError` (GP953) where this rank has a part of a model: `what` is of a whole one."""
+def whole() -> bool:
+    """Whether this rank has all of a model, as any of data parallelism has."""
+    return not _split()
+
+
+def _split() -> list[str]:
+    """The sizes of parallelism that give each rank a part of a model."""
     from megatron.core import parallel_state
 
     if not parallel_state.is_initialized():
-        return
+        return []
     sizes = {
         "tensor": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
         "expert": parallel_state.get_expert_model_parallel_world_size(),
+        "expert tensor": parallel_state.get_expert_tensor_parallel_world_size(),
     }
-    split = [f"{name} {size}" for name, size in sizes.items() if size > 1]
-    if split:
-        raise ApplyError(
-            Diagnostic(
-                "GP953",
-                f"this rank has a part of the model, and {what} of a whole one",
-                text=(f"the sizes of parallelism are {', '.join(split)}",),
-                fixes=(
-                    "graphpatch.save_adapter(patch, DIR) and to_peft, called on every rank, write the whole adapter",
-                    "checkpoints of MegatronStrategy, or of model.sharded_state_dict(), hold what trains, and load at "
-                    "any layout, one process too",
-                ),
-            )
+    return [f"{name} {size}" for name, size in sizes.items() if size > 1]
+
+
+def refuse_parts(what: str) -> None:
+    """Raise `ApplyError` (GP953) where this rank has a part of a model: `what` is of a whole one."""
+    if not whole():
+        raise needs_whole(what)
+
+
+def needs_whole(what: str) -> ApplyError:
+    split = _split()
+    return ApplyError(
+        Diagnostic(
+            "GP953",
+            f"this rank has a part of the model, and {what} of a whole one",
+            text=(f"the sizes of parallelism are {', '.join(split)}",) if split else (),
+            fixes=(
+                "graphpatch.save_adapter(patch, DIR) and to_peft, called on every rank, write the whole adapter",
+                "checkpoints of MegatronStrategy, or of model.sharded_state_dict(), hold what trains, and load at "
+                "any layout, one process too",
+            ),
         )
+    )

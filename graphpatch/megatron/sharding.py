@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -122,6 +122,11 @@ def share_of(module: nn.Module, name: str) -> Share | None:
     marked = dim == getattr(tensor, "partition_dim", -1)
     stride = getattr(tensor, "partition_stride", 1) if marked or dim else row_stride(module)
     return Share(dim, (tensor.shape[dim] // stride,) * stride)
+
+
+def whole_shape(module: nn.Module, share: Share, shape: Sequence[int]) -> tuple[int, ...]:
+    """Of the tensor of which each rank has a part of this shape."""
+    return tuple(size * size_of(module) if dim == share.dim else size for dim, size in enumerate(shape))
 
 
 def _unmarked_dim(module: nn.Module, name: str) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..tree.tree import Signature, Tree, content_of
-from .sharding import share_of, size_of
+from .sharding import share_of, size_of, whole_shape
 
 _TOTALS = {
     "num_attention_heads_per_partition": "num_attention_heads",
@@ -51,9 +51,8 @@ def _whole(own: Signature, module: nn.Module, config: Mapping[str, Any], name: s
         if share is None:
             continue
         times = size_of(module)
-        shape = list(tensor.shape)
-        shape[share.dim] *= times
-        tensors[key] = tensor._replace(shape=tuple(shape))
+        shape = whole_shape(module, share, tensor.shape)
+        tensors[key] = tensor._replace(shape=shape)
         features = ("out_features", "in_features")[share.dim]
         if key == "weight" and attributes.get(features) == tensor.shape[share.dim]:
             attributes[features] = shape[share.dim]  # Transformer Engine's

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..checkpoint.mapped.slots import Slot, held_by, whole
 from ..tree.tree import Tree
 from .ranks import told
-from .sharding import cut, share_of, size_of
+from .sharding import cut, share_of, whole_shape
 from .whole import expert_rank, numbered
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -44,6 +44,5 @@ def _slot(module: nn.Module, name: str, tensor: Tensor) -> Slot:
     share = share_of(module, name)
     if share is None:
         return whole(tensor)
-    shape = list(tensor.shape)
-    shape[share.dim] *= size_of(module)
-    return Slot(tensor, tuple(shape), lambda value: cut(module, value, share), share.dim)
+    shape = whole_shape(module, share, tensor.shape)
+    return Slot(tensor, shape, lambda value: cut(module, value, share), share.dim)

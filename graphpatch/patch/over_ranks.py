@@ -22,7 +22,7 @@ OVER_RANKS: Mapping[str, Mapping[str, str]] = {
         "save_adapter": "graphpatch.megatron.files:save_adapter",
         "load_adapter": "graphpatch.megatron.files:load_adapter",
         "load_weights": "graphpatch.megatron.files:load_weights",
-        "alone": "graphpatch.megatron.ranks:alone",
+        "whole": "graphpatch.megatron.ranks:whole",
         "refuse": "graphpatch.megatron.ranks:refuse_parts",
         "replacing": "graphpatch.megatron.guard:refuse_other_shards",
     },
@@ -34,16 +34,16 @@ _FILES = frozenset({"save_adapter", "load_adapter", "load_weights"})
 def over_ranks(
     model: Any,
     what: Literal[
-        "apply", "slots", "to_peft", "save_adapter", "load_adapter", "load_weights", "alone", "refuse", "replacing"
+        "apply", "slots", "to_peft", "save_adapter", "load_adapter", "load_weights", "whole", "refuse", "replacing"
     ],
 ) -> Callable[..., Any] | None:
     """What does this to a model of which this process has a part, or a list of parts; None for any other. Files of an
-    adapter need nothing of the kind where there is one process."""
+    adapter need nothing of the kind where a process has the whole model."""
     several = isinstance(model, (list, tuple, nn.ModuleList)) and len(model) > 0
     part = unwrapped(model[0] if several else model)
     names = (f"{c.__module__}.{c.__qualname__}" for c in type(part).__mro__)
     known = next((OVER_RANKS[name] for name in names if name in OVER_RANKS), None)
-    if known is None or (what in _FILES and not several and over_ranks(model, "alone")()):  # type: ignore[misc]
+    if known is None or (what in _FILES and not several and over_ranks(model, "whole")()):  # type: ignore[misc]
         return None
     module, _, name = known[what].partition(":")
     return getattr(import_module(module), name)  # type: ignore[no-any-return]

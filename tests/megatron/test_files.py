@@ -106,6 +106,7 @@ LAYOUTS = [
     ("vocabulary", {"tp": 2, "pp": 2}, {"pp": 2, "vpp": 2}),
     ("experts", {"dp": 2, "ep": 2}, {"tp": 2, "etp": 2}),
     ("experts", {"tp": 2, "etp": 2}, {"dp": 2, "ep": 2}),
+    ("experts", {"dp": 2, "etp": 2}, {}),
     ("head", {"tp": 2, "pp": 2}, {}),
     ("embedding", {"tp": 2, "pp": 2}, {}),
     ("embedding", {}, {"tp": 2, "pp": 2}),

@@ -131,6 +131,8 @@ def test_what_needs_the_whole_model_on_one_process(tmp_path, layout):
     assert one(filed, str(tmp_path / "whole"), str(tmp_path / "whole"))[0] == [""] * 5
     found = ranks(filed, str(tmp_path / "part"), str(tmp_path / "whole"), **layout)
     assert found == [(["GP953"] * 5, True)] * 2 and not (tmp_path / "part").exists()
+    # Each rank of data parallelism has the whole.
+    assert ranks(filed, str(tmp_path / "whole"), str(tmp_path / "whole"), dp=2)[0][0] == [""] * 5
 
 
 class Gained(Sharded):

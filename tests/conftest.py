@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+# Before torch reads it: ranks are forked from a process that has computed, and would wait for OpenMP's threads, which a
+# fork does not have. `make test` says so itself.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True, scope="session")

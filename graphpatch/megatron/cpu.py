@@ -11,12 +11,14 @@ import functools
 import multiprocessing
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch.utils._device import _device_constructors
 
 from ..lang.diagnostics import ApplyError, Diagnostic
+from ..rewrites.grouped import grouped_mm
 
 _enabled = False
 
@@ -163,11 +165,16 @@ def _types() -> None:
 
 
 def _experts() -> None:
-    """The router asks for a kernel of Transformer Engine without looking whether it is there, and the number of tokens
-    a rank sends is a tensor that on CUDA alone is made a list."""
+    """The router asks for a kernel of Transformer Engine without looking whether it is there, the number of tokens a
+    rank sends is a tensor that on CUDA alone is made a list, and the package with the products of `GroupedMLP` is for
+    CUDA alone."""
     utils = _found("megatron.core.transformer.moe.moe_utils")
     if utils is not None and not hasattr(utils, "te_general_gemm"):
         utils.te_general_gemm = None  # type: ignore[attr-defined]
+    grouped = _found("megatron.core.transformer.moe.grouped_gemm_util")
+    if grouped is not None and grouped.grouped_gemm is None:
+        grouped.ops = SimpleNamespace(gmm=_grouped_products)
+        grouped.grouped_gemm = SimpleNamespace(ops=grouped.ops)
     plain = torch.distributed.all_to_all_single
 
     @functools.wraps(plain)
@@ -177,6 +184,10 @@ def _experts() -> None:
         return plain(output, input, _listed(output_split_sizes), _listed(input_split_sizes), **rest)
 
     _put(torch.distributed, "all_to_all_single", sent)
+
+
+def _grouped_products(a: torch.Tensor, b: torch.Tensor, batch_sizes: torch.Tensor, trans_b: bool = False) -> Any:
+    return grouped_mm(a, b.mT if trans_b else b, batch_sizes.cumsum(0))
 
 
 def _listed(sizes: Any) -> Any:

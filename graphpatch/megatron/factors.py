@@ -11,6 +11,7 @@ from ..ops.lora_parts import Spread
 from ..patch.record import record_of
 from ..rewrites.lora_base import Adapter
 from ..rewrites.rewrite import InPlace
+from .experts import Experts, experts_of
 from .sharding import group_of
 
 Offsets = Any
@@ -45,7 +46,7 @@ def _entry(module: nn.Module, key: str, tensor: Tensor, spread: Spread | None, m
         sizes = [spread.groups * spread.sizes[part] for part in spread.chosen]
     if len(sizes) == 1:
         return _sharded(module, key, tensor, dim, metadata)
-    return _pieces(module, key, tensor, sizes, metadata)
+    return _pieces(module, key, tensor, dim, sizes, metadata)
 
 
 def _sharded(module: nn.Module, key: str, tensor: Tensor, dim: int | None, metadata: Any) -> Any:
@@ -53,6 +54,9 @@ def _sharded(module: nn.Module, key: str, tensor: Tensor, dim: int | None, metad
     from megatron.core import parallel_state
     from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_sharded_tensor_for_checkpoint
 
+    experts = experts_of(module)
+    if experts is not None:
+        return _of_experts(key, tensor, dim, experts, group_of(module))
     known = (metadata or {}).get("dp_cp_group")
     groups = {
         "tp_group": group_of(module),
@@ -63,7 +67,18 @@ def _sharded(module: nn.Module, key: str, tensor: Tensor, dim: int | None, metad
     return make_tp_sharded_tensor_for_checkpoint(tensor, key, dim, **groups)
 
 
-def _pieces(module: nn.Module, key: str, tensor: Tensor, sizes: list[int], metadata: Any) -> Any:
+def _of_experts(key: str, tensor: Tensor, dim: int | None, experts: Experts, group: Any) -> Any:
+    """Of a tensor whose first dimension are the experts of this rank."""
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    offsets = [(0, experts.group.rank(), experts.group.size())]
+    if dim is not None:
+        offsets.append((dim, group.rank(), group.size()))
+    replica = (0, group.rank() if dim is None else 0, experts.replicas.rank())
+    return ShardedTensor.from_rank_offsets(key, tensor.detach(), *offsets, replica_id=replica)
+
+
+def _pieces(module: nn.Module, key: str, tensor: Tensor, dim: int, sizes: list[int], metadata: Any) -> Any:
     """Of rows that are several matrices one behind the other, each shared out by itself: gate and up, or q and v."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
@@ -71,15 +86,15 @@ def _pieces(module: nn.Module, key: str, tensor: Tensor, sizes: list[int], metad
     def build(key: str, tensor: Tensor, replica: Any, flattened_range: slice | None = None) -> list[Any]:
         if flattened_range is not None:
             raise NotImplementedError("optimizer states by flattened ranges: use fully_reshardable or dp_reshardable")
-        parts = tensor.split(sizes)
-        made = [_sharded(module, f"{key}.part{at}", part, 0, metadata) for at, part in enumerate(parts)]
+        parts = tensor.split(sizes, dim)
+        made = [_sharded(module, f"{key}.part{at}", part, dim, metadata) for at, part in enumerate(parts)]
         for piece in made:
             piece.replica_id = replica
         return made
 
     @torch.no_grad()
     def merge(parts: list[Tensor]) -> Tensor:
-        return torch.cat(list(parts))
+        return torch.cat(list(parts), dim)
 
-    like = _sharded(module, key, tensor, 0, metadata)
+    like = _sharded(module, key, tensor, dim, metadata)
     return ShardedTensorFactory(key, tensor, build, merge, like.replica_id)

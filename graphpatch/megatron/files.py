@@ -26,9 +26,10 @@ from ..patch.patch import Patch, patches
 from ..plan.plan import Plan
 from ..plan.ruleset import RuleSet
 from ..tree.tree import Tree
+from .experts import experts_of, stack_of
 from .over_ranks import apply, part_of, whole_tree
 from .ranks import all_or_none, gathered, needs_whole, rank, told
-from .sharding import cut, share_of, whole_of, whole_shape
+from .sharding import share_of
 from .unsharded import unsharded
 from .weights import EMBEDDING
 from .whole import expert_rank, numbered
@@ -102,14 +103,13 @@ class _Live(NamedTuple):
     added: bool = True
 
     def whole(self) -> Tensor:
-        return whole_of(self.module, self.tensor, share_of(self.module, self.name))
+        share = share_of(self.module, self.name)
+        return self.tensor.detach() if share is None else share.whole(self.tensor)
 
     def cut(self, value: Tensor) -> Tensor:
         """This rank's part; of another shape than the whole has, all of it, which is told of where it is put in."""
         share = share_of(self.module, self.name)
-        if share is None or tuple(value.shape) != whole_shape(self.module, share, self.tensor.shape):
-            return value
-        return cut(self.module, value, share)
+        return value if share is None or tuple(value.shape) != share.shape else share.own(value)
 
 
 def _original(every: Sequence[Patch]) -> tuple[RuleSet, list[Tree]]:
@@ -139,6 +139,9 @@ def _moved(patch: Patch, plan: Plan, taken: set[str]) -> dict[str, _Live]:
         module = plan.tree.modules[node]
         if path == "output_layer" and _is_copy(module, name):
             continue  # of what the first stage has
+        experts = experts_of(module)
+        if experts is not None and experts.group.size() > 1 and stack_of(module, name) is None:
+            raise needs_whole(f"`{key}`, which trains and has another expert's number on other ranks, is")
         found[key] = _Live(key, module, name, tensor, added=False)
     return found
 

@@ -22,9 +22,8 @@ from ..rewrites.lora_options import LoraOfWeight
 from ..rewrites.merging import Merging
 from .factors import Sharded
 from .sharding import (
+    Cut,
     Marks,
-    Share,
-    cut,
     drawn_alike,
     dropping_apart,
     group_of,
@@ -67,7 +66,7 @@ class LoraParallel(Sharded, LoraOfWeight):
             for part in whole.split(entry.rank):
                 STARTS[entry.init](part, b, entry.scale, lambda: module.weight, None)  # type: ignore[arg-type, return-value]
         dim = cls.input_dim
-        a.copy_(whole if dim is None else cut(module, whole, Share(dim, (a.shape[dim],))))
+        a.copy_(whole if dim is None else Cut(dim, (a.shape[dim],), group_of(module)).own(whole))
 
     @staticmethod
     def matrix(module: nn.Module) -> Tensor:
@@ -211,7 +210,21 @@ def summed_backward(parameter: Tensor, module: nn.Module) -> Tensor:
     """A parameter that is whole on every rank, in a product that is a part on each: its gradient is the sum."""
     from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 
-    return copy_to_tensor_model_parallel_region(parameter, group=group_of(module))  # type: ignore[no-any-return]
+    copied = copy_to_tensor_model_parallel_region(parameter, group=group_of(module))
+    return _ContiguousBackward.apply(copied)  # type: ignore[no-any-return]
+
+
+class _ContiguousBackward(torch.autograd.Function):
+    """The tensor itself, whose gradient is made contiguous: of any other megatron-core sums a copy, and returns what it
+    was given."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad.contiguous()
 
 
 def refuse_shared(module: nn.Module) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..patch.record import record_of
 from ..rewrites.lora_base import Adapter
+from .experts import experts_of, is_expert, stack_of
 
 Marks = dict[str, Any]
 """Attributes of a parameter, by which megatron-core sums gradients, takes norms, and shards optimizers."""
@@ -34,6 +35,8 @@ def sharded_marks(module: nn.Module, dim: int, stride: int = 1) -> Marks:
 
 def row_stride(module: Any) -> int:
     """2 where the rows of a rank are [gate; up], each a part of all of its kind; else 1."""
+    if experts_of(module) is not None:
+        return 2 if module.config.gated_linear_unit else 1
     if getattr(module.weight, "tensor_model_parallel", False):
         return int(getattr(module.weight, "partition_stride", 1))
     if not module.config.gated_linear_unit or size_of(module) == 1:
@@ -48,14 +51,13 @@ def replicated_marks(module: nn.Module, *, partial: bool) -> Marks:
     """Of a parameter that all ranks have. `partial`: each has the gradient of its part of the sequence alone, so that
     `finalize_model_grads` must sum them."""
     # Of an expert that one rank has alone there is no duplicate, whatever the size of tensor parallelism around it.
-    alone = bool(getattr(module, "is_expert", False)) and size_of(module) == 1
+    alone = is_expert(module) and size_of(module) == 1
     return {"tensor_model_parallel": alone, "sequence_parallel": partial, **_of_expert(module)}
 
 
 def _of_expert(module: nn.Module) -> Marks:
-    expert = bool(getattr(module, "is_expert", False))
     # Gradients of an expert that one rank of several has are not those of the others' experts.
-    return {"allreduce": not (expert and getattr(module, "expert_parallel", False))}
+    return {"allreduce": not (is_expert(module) and getattr(module, "expert_parallel", False))}
 
 
 @contextmanager
@@ -90,18 +92,57 @@ def dropping_apart(module: nn.Module, apart: bool) -> AbstractContextManager[Non
     tracker = get_cuda_rng_tracker()
     if not tracker.is_initialized():
         return nullcontext()
-    fork = (
-        tracker.fork(get_expert_parallel_rng_tracker_name()) if getattr(module, "is_expert", False) else tracker.fork()
-    )
+    fork = tracker.fork(get_expert_parallel_rng_tracker_name()) if is_expert(module) else tracker.fork()
     return fork  # type: ignore[no-any-return]
 
 
-class Share(NamedTuple):
-    """How the ranks share a tensor out: each has a part of every piece, gate and up say, one behind the other."""
+class Cut(NamedTuple):
+    """How ranks share a tensor out along a dimension: each has a part of every piece, gate and up say, one behind the
+    other."""
 
     dim: int
     sizes: tuple[int, ...]
-    """Along `dim`, of this rank's part of each piece."""
+    """Of this rank's part of each piece."""
+    group: Any
+
+    def own(self, whole: Tensor) -> Tensor:
+        """This rank's part."""
+        pieces = whole.split([size * self.group.size() for size in self.sizes], self.dim)
+        return torch.cat([piece.chunk(self.group.size(), self.dim)[self.group.rank()] for piece in pieces], self.dim)
+
+    def whole(self, part: Tensor) -> Tensor:
+        """The way back. Called on all ranks of the group."""
+        parts = [torch.empty_like(part) for _ in range(self.group.size())]
+        torch.distributed.all_gather(parts, part.contiguous(), group=self.group)
+        pieces = [one.split(list(self.sizes), self.dim) for one in parts]
+        order = [pieces[rank][at] for at in range(len(self.sizes)) for rank in range(self.group.size())]
+        return torch.cat(order, self.dim)
+
+
+class Share(NamedTuple):
+    """The part of a parameter that a rank has."""
+
+    cuts: tuple[Cut, ...]
+    shape: tuple[int, ...]
+    """Of the whole."""
+    part: tuple[int, ...]
+    """Of what the rank has."""
+    view: tuple[int, ...]
+    """As what that is looked at: the cuts are along its dimensions."""
+
+    def own(self, whole: Tensor) -> Tensor:
+        """This rank's part of a tensor of `shape`."""
+        found = whole.reshape(_grown(self.view, self.cuts))
+        for cut in self.cuts:
+            found = cut.own(found)
+        return found.reshape(self.part)
+
+    def whole(self, part: Tensor) -> Tensor:
+        """The way back. Called on all ranks that share the module."""
+        found = part.detach().reshape(self.view)
+        for cut in self.cuts:
+            found = cut.whole(found)
+        return found.reshape(self.shape)
 
 
 def share_of(module: nn.Module, name: str) -> Share | None:
@@ -109,48 +150,51 @@ def share_of(module: nn.Module, name: str) -> Share | None:
     tensor = module._parameters.get(name)
     if tensor is None:
         return None
-    dim = getattr(tensor, "partition_dim", -1) if getattr(tensor, "tensor_model_parallel", False) else -1
-    if dim < 0:
-        dim = _unmarked_dim(module, name)
-    if dim < 0 or size_of(module) == 1:
+    stack, experts = stack_of(module, name), experts_of(module)
+    view = part = tuple(tensor.shape)
+    if stack is not None:
+        view = stack.view
+        dim, sizes = stack.dim, (view[stack.dim] // stack.pieces,) * stack.pieces
+    else:
+        dim, sizes = _pieces(module, name, tensor)
+    cuts = [Cut(dim, sizes, group_of(module))] if dim >= 0 and size_of(module) > 1 else []
+    if experts is not None and len(view) == 3 and experts.group.size() > 1:
+        cuts.append(Cut(0, (experts.here,), experts.group))
+    if not cuts:
         return None
+    shape = _grown(view, cuts)
+    return Share(tuple(cuts), shape if stack is None else stack.matrix(shape), part, view)
+
+
+def _grown(shape: Sequence[int], cuts: Sequence[Cut]) -> tuple[int, ...]:
+    grown = list(shape)
+    for cut in cuts:
+        grown[cut.dim] *= cut.group.size()
+    return tuple(grown)
+
+
+def _pieces(module: nn.Module, name: str, tensor: Tensor) -> tuple[int, tuple[int, ...]]:
+    """The dimension along which ranks of tensor parallelism share a parameter (-1 where they do not), and the sizes of
+    the pieces there."""
+    marked = getattr(tensor, "partition_dim", -1) if getattr(tensor, "tensor_model_parallel", False) else -1
+    dim = marked if marked >= 0 else _unmarked_dim(module, name)
+    if dim < 0:
+        return dim, ()
     for held in record_of(module).held:
         # Of a B for parts of a linear the rows of a part stand together.
         how = held.entry.spread if isinstance(held.entry, Adapter) and held.entry.b == name else None
         if how is not None:
-            return Share(dim, tuple(how.groups * how.sizes[part] for part in how.chosen))
-    marked = dim == getattr(tensor, "partition_dim", -1)
-    stride = getattr(tensor, "partition_stride", 1) if marked or dim else row_stride(module)
-    return Share(dim, (tensor.shape[dim] // stride,) * stride)
-
-
-def whole_shape(module: nn.Module, share: Share, shape: Sequence[int]) -> tuple[int, ...]:
-    """Of the tensor of which each rank has a part of this shape."""
-    return tuple(size * size_of(module) if dim == share.dim else size for dim, size in enumerate(shape))
+            return dim, tuple(how.groups * how.sizes[part] for part in how.chosen)
+    stride = getattr(tensor, "partition_stride", 1) if marked == dim or dim else row_stride(module)
+    return dim, (tensor.shape[dim] // stride,) * stride
 
 
 def _unmarked_dim(module: nn.Module, name: str) -> int:
     """By its class, of a parameter that says nothing: models that are built without initialisation have no mark."""
     kinds = {c.__name__ for c in type(module).__mro__}
+    if "TEGroupedLinear" in kinds:
+        rows = "TEColumnParallelGroupedLinear" in kinds
+        return {"weight": 0 if rows else 1, "bias": 0 if rows else -1}.get(name.rstrip("0123456789"), -1)
     if name == "weight" and "RowParallelLinear" in kinds:
         return 1
     return 0 if name in ("weight", "bias") and "ColumnParallelLinear" in kinds else -1
-
-
-def cut(module: nn.Module, whole: Tensor, share: Share) -> Tensor:
-    """This rank's part."""
-    group, dim = group_of(module), share.dim
-    pieces = whole.split([size * group.size() for size in share.sizes], dim)
-    return torch.cat([piece.chunk(group.size(), dim)[group.rank()] for piece in pieces], dim)
-
-
-def whole_of(module: nn.Module, part: Tensor, share: Share | None) -> Tensor:
-    """The way back of `cut`. Called on all ranks that share the module."""
-    if share is None:
-        return part.detach()
-    group = group_of(module)
-    parts = [torch.empty_like(part) for _ in range(group.size())]
-    torch.distributed.all_gather(parts, part.detach().contiguous(), group=group)
-    pieces = [one.split(list(share.sizes), share.dim) for one in parts]
-    order = [pieces[rank][number] for number in range(len(share.sizes)) for rank in range(group.size())]
-    return torch.cat(order, share.dim)

@@ -10,12 +10,14 @@ from typing import Any
 from torch import nn
 
 from ..tree.tree import Signature, Tree, content_of
-from .sharding import share_of, size_of, whole_shape
+from .experts import experts_of
+from .sharding import share_of, size_of
 
 _TOTALS = {
     "num_attention_heads_per_partition": "num_attention_heads",
     "num_query_groups_per_partition": "num_query_groups",
     "num_local_experts": "num_moe_experts",
+    "num_gemms": "num_moe_experts",
     "num_layers_per_pipeline_rank": "num_layers",
 }
 """Attributes of which the config says how many there are in all."""
@@ -51,11 +53,11 @@ def _whole(own: Signature, module: nn.Module, config: Mapping[str, Any], name: s
         if share is None:
             continue
         times = size_of(module)
-        shape = whole_shape(module, share, tensor.shape)
-        tensors[key] = tensor._replace(shape=shape)
-        features = ("out_features", "in_features")[share.dim]
-        if key == "weight" and attributes.get(features) == tensor.shape[share.dim]:
-            attributes[features] = shape[share.dim]  # Transformer Engine's
+        tensors[key] = tensor._replace(shape=share.shape)
+        if key in ("weight", "weight0"):  # of Transformer Engine, whose linears say what a rank has
+            for features, part, whole in zip(("out_features", "in_features"), tensor.shape, share.shape):
+                if attributes.get(features) == part:
+                    attributes[features] = whole
     for key, value in attributes.items():
         if key in _ALONE:
             attributes[key] = _ALONE[key]
@@ -65,4 +67,15 @@ def _whole(own: Signature, module: nn.Module, config: Mapping[str, Any], name: s
             attributes[key] = attributes.get("num_embeddings", value)
         elif key.endswith("_per_partition") and isinstance(value, int):
             attributes[key] = value * times
+    experts = experts_of(module)
+    if experts is not None and "weight0" in tensors:
+        tensors = _of_all(tensors, experts.here, experts.here * experts.group.size())
     return replace(own, parameters=tensors, attributes=attributes)
+
+
+def _of_all(tensors: Mapping[str, Any], here: int, everywhere: int) -> dict[str, Any]:
+    """The parameters of Transformer Engine's grouped linear, one an expert (weight0, weight1 ...), for every expert."""
+    numbered = {f"{kind}{at}": kind for kind in ("weight", "bias") for at in range(here)}
+    kinds = dict.fromkeys(numbered[key] for key in tensors if key in numbered)
+    found = {f"{kind}{at}": tensors[f"{kind}0"] for kind in kinds for at in range(everywhere)}
+    return found | {key: tensor for key, tensor in tensors.items() if key not in numbered}

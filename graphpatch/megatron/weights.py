@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..checkpoint.mapped.slots import Slot, held_by, whole
 from ..tree.tree import Tree
 from .ranks import told
-from .sharding import cut, share_of, whole_shape
+from .sharding import share_of
 from .whole import expert_rank, numbered
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -44,5 +44,7 @@ def _slot(module: nn.Module, name: str, tensor: Tensor) -> Slot:
     share = share_of(module, name)
     if share is None:
         return whole(tensor)
-    shape = whole_shape(module, share, tensor.shape)
-    return Slot(tensor, shape, lambda value: cut(module, value, share), share.dim)
+    if share.view != share.part:
+        return Slot(tensor, share.shape, share.own)
+    (cut,) = share.cuts
+    return Slot(tensor, share.shape, cut.own, cut.dim)

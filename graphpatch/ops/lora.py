@@ -11,7 +11,17 @@ from .arguments import Count, Flag, Real, Share, Text
 from .calls import refuse_uncalled
 from .lora_attention import ATTENTION, FUSED, SEPARATE, attention_shapes, is_separate
 from .lora_experts import STACKS, row_of, stack
-from .lora_options import DIVIDE, ENGINE, LINEAR, OF_THE_WEIGHT, PARALLEL, PARALLEL_EMBEDDING, TIED, check_options
+from .lora_options import (
+    DIVIDE,
+    ENGINE,
+    GROUPED,
+    LINEAR,
+    OF_THE_WEIGHT,
+    PARALLEL,
+    PARALLEL_EMBEDDING,
+    TIED,
+    check_options,
+)
 from .lora_parts import with_layout
 from .lora_shapes import EXACT, Shape, factor_shapes
 from .op import Op, Refusal, Target
@@ -101,7 +111,7 @@ class Lora(Op):
         "megatron.core.tensor_parallel.layers.ColumnParallelLinear": "graphpatch.megatron.lora:LoraColumnParallel",
         "megatron.core.tensor_parallel.layers.RowParallelLinear": "graphpatch.megatron.lora:LoraRowParallel",
         "megatron.core.tensor_parallel.layers.VocabParallelEmbedding": PARALLEL_EMBEDDING,
-        **{f"megatron.core.extensions.transformer_engine.{name}": row for name, row in ENGINE.items()},
+        **{f"megatron.core.extensions.transformer_engine.{name}": row for name, row in (ENGINE | GROUPED).items()},
     }
     accepts_parameters: ClassVar = STACKS
     level: ClassVar[int] = 10

@@ -7,12 +7,14 @@ from typing import NamedTuple
 from ..tree.tree import Signature
 from .op import Refusal, Target
 
+_GROUPED = "GroupedMLP"
 _HERE = "graphpatch.rewrites.lora_experts"
 ROUTED, TRANSPOSED = f"{_HERE}:LoraExperts", f"{_HERE}:LoraTransposedExperts"
 STACKS = {
     "transformers.models.llama4.modeling_llama4.Llama4TextExperts": f"{_HERE}:LoraSpreadExperts",
     "transformers.models.jetmoe.modeling_jetmoe.JetMoeParallelExperts": f"{_HERE}:LoraParallelExperts",
     "transformers.models.step3p7.modeling_step3p7.Step3p7Experts": ROUTED,
+    f"megatron.core.transformer.moe.experts.{_GROUPED}": "graphpatch.megatron.lora_grouped:LoraGroupedMLP",
     "*": ROUTED,
 }
 """From the class that owns the stack to the rewrite that knows its forward. `*` are the experts that Transformers
@@ -46,14 +48,25 @@ def stack(target: Target) -> Stack:
             + ", ".join(sorted(row.rpartition(".")[2] for row in STACKS if row != "*")),
             code="GP456",
         )
-    if len(tensor.shape) != 3 or 0 in tensor.shape or tensor.dtype not in _FLOATS:
+    shape = tensor.shape
+    if _kind(signature) == _GROUPED:
+        shape = _apart(shape, name, signature.attributes.get("num_local_experts"))
+    if len(shape) != 3 or 0 in shape or tensor.dtype not in _FLOATS:
         raise Refusal(
             f"`{name}` of {signature.cls} is {tensor.dtype} of shape {list(tensor.shape)}, "
             "and experts are three dimensions of floats",
             code="GP456",
         )
-    experts, first, second = tensor.shape
+    experts, first, second = shape
     return Stack(experts, first, second, True) if transposed else Stack(experts, second, first, False)
+
+
+def _apart(shape: tuple[int, ...], name: str, experts: object) -> tuple[int, ...]:
+    """(experts, in, out) of a matrix in which megatron-core keeps them one behind the other."""
+    if len(shape) != 2 or not isinstance(experts, int) or experts < 1:
+        return shape
+    rows, columns = shape
+    return (experts, rows, columns // experts) if name == "weight1" else (experts, rows // experts, columns)
 
 
 def row_of(target: Target, row: str) -> str:
@@ -64,9 +77,15 @@ def row_of(target: Target, row: str) -> str:
 _FLOATS = {"float64", "float32", "bfloat16", "float16"}
 
 
+def _kind(signature: Signature) -> str:
+    return next((c.rpartition(".")[2] for c in signature.mro if c in STACKS), "")
+
+
 def stacks_of(signature: Signature) -> tuple[tuple[str, ...], bool]:
     """The stacks of a module, and whether they are transposed; none where its forward is unknown."""
-    kind = next((c.rpartition(".")[2] for c in signature.mro if c in STACKS), "")
+    kind = _kind(signature)
+    if kind == _GROUPED:
+        return ("weight1", "weight2"), True
     if kind == "JetMoeParallelExperts":
         return ("weight",), False
     if kind == "Llama4TextExperts":

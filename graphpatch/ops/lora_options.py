@@ -18,6 +18,11 @@ ENGINE = {
     "TERowParallelLinear": "graphpatch.megatron.lora_te:LoraTERow",
 }
 """Those of Transformer Engine, as megatron-core calls them."""
+GROUPED = {
+    "TEColumnParallelGroupedLinear": "graphpatch.megatron.lora_grouped:LoraTEGroupedColumn",
+    "TERowParallelGroupedLinear": "graphpatch.megatron.lora_grouped:LoraTEGroupedRow",
+}
+"""Of those the ones that are a linear for each of many experts."""
 PARALLEL = frozenset(
     {"graphpatch.megatron.lora:LoraColumnParallel", "graphpatch.megatron.lora:LoraRowParallel", *ENGINE.values()}
 )

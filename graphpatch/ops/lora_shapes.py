@@ -66,6 +66,16 @@ def column_parallel(signature: Signature, rank: int) -> tuple[Shape, Shape]:
     return linear(signature, rank)
 
 
+def grouped(signature: Signature, rank: int) -> tuple[Shape, Shape]:
+    """The grouped linears of Transformer Engine: one weight an expert, `weight0`, `weight1` and so on, each this rank's
+    part."""
+    weights = [t.shape for name, t in signature.parameters.items() if name[:6] == "weight" and name[6:].isdigit()]
+    if not weights or len(set(weights)) > 1 or len(weights[0]) != 2:
+        raise Refusal(f"{signature.cls} has no weight0, weight1 ..., one an expert, all of one shape")
+    out, in_ = weights[0]
+    return (len(weights), rank, in_), (len(weights), out, rank)
+
+
 def convolution(signature: Signature, rank: int) -> tuple[Shape, Shape]:
     """A is a weight like the base's with rank channels out; B one of size 1. Groups split the rank among them."""
     facts = signature.attributes
@@ -101,6 +111,7 @@ KINDS: dict[str, Callable[[Signature, int], tuple[Shape, Shape]]] = {
     "torch.nn.modules.conv.ConvTranspose3d": transposed_convolution,
     "megatron.core.tensor_parallel.layers.VocabParallelEmbedding": vocab_parallel,
     "megatron.core.tensor_parallel.layers.ColumnParallelLinear": column_parallel,
+    "megatron.core.extensions.transformer_engine.TEGroupedLinear": grouped,
 }
 """By qualified class name; the first of a target's MRO that stands here decides."""
 

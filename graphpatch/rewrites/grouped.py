@@ -98,6 +98,7 @@ def has_kernel(x: Tensor, weight: Tensor) -> bool:
     16 bytes. On a CPU it is no faster than the loop, in float32 four times as slow."""
     return (
         x.device.type == "cuda"
+        and x.shape[0] > 0
         and hasattr(functional, "grouped_mm")
         and x.dtype == weight.dtype == torch.bfloat16
         and not any(size % 8 for size in (*x.shape[1:], *weight.shape[1:]))

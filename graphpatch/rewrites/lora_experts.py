@@ -41,15 +41,21 @@ class LoraStacks(LoraModule):
         for of_one in zip(a, b):
             super()._start(entry, *of_one, module)
 
-    def _add_grouped(self, output: Tensor, input: Tensor, ends: Tensor, stack: str) -> Tensor:
+    def _add_grouped(self, output: Tensor, input: Tensor, ends: Tensor, stack: str | None) -> Tensor:
         """The output of a stack and the update of every adapter there, for rows sorted by expert."""
         for adapter in self._lora:
             if adapter.parameter == stack:
-                z = dropout(input, adapter.dropout) if adapter.dropout and self.training else input
-                h = grouped_mm(z, getattr(self, adapter.a).to(z.dtype).mT, ends)
-                delta = grouped_mm(h, getattr(self, adapter.b).to(z.dtype).mT, ends)
-                output = torch.add(output, delta, alpha=adapter.scale)
+                z = self._dropped(adapter, input)
+                a, b = self._factors(adapter)
+                h = grouped_mm(z, a.to(z.dtype).mT, ends)
+                output = torch.add(output, grouped_mm(h, b.to(z.dtype).mT, ends), alpha=adapter.scale)
         return output
+
+    def _dropped(self, adapter: Adapter, input: Tensor) -> Tensor:
+        return dropout(input, adapter.dropout) if adapter.dropout and self.training else input
+
+    def _factors(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
+        return getattr(self, adapter.a), getattr(self, adapter.b)
 
 
 class LoraExperts(LoraStacks):
@@ -168,9 +174,10 @@ class LoraSpreadExperts(LoraStacks):
         y = torch.bmm(x, getattr(self, stack))
         for adapter in self._lora:
             if adapter.parameter == stack:
-                z = dropout(x, adapter.dropout) if adapter.dropout and self.training else x
-                h = torch.bmm(z, getattr(self, adapter.a).to(z.dtype).mT)
-                y = torch.add(y, torch.bmm(h, getattr(self, adapter.b).to(h.dtype).mT), alpha=adapter.scale)
+                z = self._dropped(adapter, x)
+                a, b = self._factors(adapter)
+                h = torch.bmm(z, a.to(z.dtype).mT)
+                y = torch.add(y, torch.bmm(h, b.to(h.dtype).mT), alpha=adapter.scale)
         return y
 
 

@@ -6,7 +6,8 @@ import inspect
 import zlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import parallel_state
@@ -16,6 +17,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
+
+from .grouped import let_float32, spec
 
 VOCABULARY, LENGTH, BATCH = 96, 12, 2
 
@@ -66,12 +69,16 @@ def config(**changes: Any) -> TransformerConfig:
     return TransformerConfig(**{k: v for k, v in {**defaults, **changes}.items() if k in known})
 
 
-def gpt(tied: bool = False, vp_stage: int | None = None, gather: bool = False, **changes: Any) -> GPTModel:
-    """This rank's part of the model (of a virtual stage, where one is given)."""
+def gpt(
+    tied: bool = False, vp_stage: int | None = None, gather: bool = False, grouped: str | None = None, **changes: Any
+) -> GPTModel:
+    """This rank's part of the model (of a virtual stage, where one is given). `grouped` is a kind of experts."""
     made = config(**changes)
     layer = get_gpt_layer_local_spec(
         num_experts=made.num_moe_experts, moe_grouped_gemm=False, normalization="LayerNorm"
     )
+    if grouped is not None:
+        layer = spec(grouped, made.num_moe_experts)
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     if made.qk_layernorm:
@@ -90,6 +97,7 @@ def gpt(tied: bool = False, vp_stage: int | None = None, gather: bool = False, *
         position_embedding_type="rope",
         vp_stage=vp_stage,
     )
+    let_float32(model)
     fill(model)
     return model
 
@@ -119,16 +127,70 @@ def fill(model: nn.Module, only: Callable[[str], bool] = lambda name: True, seed
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.of_expert = ".experts." in name
-            if only(name):
-                whole_name = global_name(model, name)
-                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}{whole_name}".encode()))
-                whole = torch.randn(whole_shape(parameter), generator=generator) * 0.1
+            for piece in pieces(model, name, parameter) if only(name) else ():
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}{piece.name}".encode()))
+                whole = torch.randn(whole_shape(piece.like), generator=generator) * 0.1
                 if name.endswith(("norm.weight", "lora_magnitude")):
                     whole = 1 + whole
-                parameter.copy_(shard(parameter, whole))
+                piece.of(parameter).copy_(shard(piece.like, whole))
 
 
-def _group(parameter: nn.Parameter) -> tuple[int, int]:
+class Piece(NamedTuple):
+    """A parameter; or, of one that holds many experts, what is one expert's."""
+
+    name: str
+    """In the whole model, where each expert has linears of its own."""
+    of: Callable[[torch.Tensor], torch.Tensor]
+    """The view of it, in a tensor of the parameter's shape."""
+    like: Any
+    """Its shape, and how ranks share it."""
+
+
+def pieces(model: nn.Module, name: str, parameter: nn.Parameter) -> list[Piece]:
+    path, _, own = name.rpartition(".")
+    if ".experts" not in path or "local_experts" in path:
+        return [Piece(global_name(model, name), lambda tensor: tensor, parameter)]
+    experts: Any = model.get_submodule(path.rpartition("experts")[0] + "experts")
+    count, hidden = experts.num_local_experts, experts.config.hidden_size
+    if "linear_fc" in path:  # Transformer Engine's
+        linear = path.rpartition(".")[2]
+        base, factor = own.removeprefix("weight"), own
+    else:
+        stack, _, factor = own.partition("_")
+        linear, base = {"weight1": "linear_fc1", "weight2": "linear_fc2"}[stack], "" if factor else own
+    found = []
+    for at in range(count):
+        if base.isdigit():
+            if int(base) != at:
+                continue
+            view = lambda tensor: tensor  # noqa: E731
+        elif base.startswith("weight"):
+            shape = (count, hidden, -1) if linear == "linear_fc1" else (count, -1, hidden)
+            view = lambda tensor, at=at, shape=shape: tensor.view(shape)[at].T  # type: ignore[misc] # noqa: E731
+        else:
+            view = lambda tensor, at=at: tensor[at]  # type: ignore[misc] # noqa: E731
+        kind = factor if factor.startswith("lora") else "weight"
+        marks = _SHARED.get((linear, kind))
+        like = SimpleNamespace(shape=view(parameter).shape, of_expert=True, tensor_model_parallel=marks is not None)
+        if marks is not None:
+            like.partition_dim = marks
+            like.partition_stride = 2 if linear == "linear_fc1" and experts.config.gated_linear_unit else 1
+        number = parallel_state.get_expert_model_parallel_rank() * count + at
+        above = global_name(model, path.rpartition(".experts")[0] + ".experts.x").removesuffix(".x")
+        found.append(Piece(f"{above}.local_experts.{number}.{linear}.{kind}", view, like))
+    return found
+
+
+_SHARED = {
+    ("linear_fc1", "weight"): 0,
+    ("linear_fc1", "lora_B"): 0,
+    ("linear_fc2", "weight"): 1,
+    ("linear_fc2", "lora_A"): 1,
+}
+"""Of an expert's linears, the dimension that ranks of tensor parallelism share."""
+
+
+def _group(parameter: Any) -> tuple[int, int]:
     """The rank and the size of the group that shares a sharded parameter; one of one for another."""
     if not getattr(parameter, "tensor_model_parallel", False) or getattr(parameter, "partition_dim", -1) < 0:
         return 0, 1
@@ -139,7 +201,7 @@ def _group(parameter: nn.Parameter) -> tuple[int, int]:
     return group.rank(), group.size()
 
 
-def whole_shape(parameter: nn.Parameter) -> list[int]:
+def whole_shape(parameter: Any) -> list[int]:
     shape = list(parameter.shape)
     _, size = _group(parameter)
     if size > 1:
@@ -147,23 +209,23 @@ def whole_shape(parameter: nn.Parameter) -> list[int]:
     return shape
 
 
-def shard(parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
+def shard(parameter: Any, whole: torch.Tensor) -> torch.Tensor:
     """This rank's part, as `partition_dim` and `partition_stride` say."""
     rank, size = _group(parameter)
     if size == 1:
         return whole
-    dim = parameter.partition_dim  # type: ignore[attr-defined]
+    dim = parameter.partition_dim
     pieces = whole.split([size * rows for rows in _pieces(parameter)], dim)
     return torch.cat([piece.chunk(size, dim)[rank] for piece in pieces], dim)
 
 
-def _pieces(parameter: nn.Parameter) -> list[int]:
+def _pieces(parameter: Any) -> list[int]:
     """The rows (or columns) of a shard that are a part of each piece of the whole."""
     stride, length = parameter.partition_stride, parameter.shape[parameter.partition_dim]  # type: ignore[attr-defined]
     return getattr(parameter, "pieces", None) or [length // stride] * stride
 
 
-def gathered(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+def gathered(parameter: Any, value: torch.Tensor) -> torch.Tensor:
     """The whole of something (a gradient) that is sharded as a parameter is."""
     _, size = _group(parameter)
     if size == 1:

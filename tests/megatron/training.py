@@ -15,7 +15,7 @@ from torch import nn
 import graphpatch
 from graphpatch.patch.record import record_of
 
-from .models import BATCH, LENGTH, VOCABULARY, fill, gathered, global_name, gpt
+from .models import BATCH, LENGTH, VOCABULARY, fill, gathered, gpt, pieces
 
 MICROBATCHES = 2
 
@@ -120,10 +120,11 @@ def _step(models: Sequence[nn.Module], config: Any, step: int, call: Any) -> lis
 
 def _whole(chunks: Sequence[nn.Module], value: Callable[[Any], torch.Tensor]) -> dict[str, torch.Tensor]:
     return {
-        global_name(chunk, name): gathered(p, value(p))
+        piece.name: gathered(piece.like, piece.of(value(p)))
         for chunk in chunks
         for name, p in chunk.named_parameters()
         if p.requires_grad
+        for piece in pieces(chunk, name, p)
     }
 
 

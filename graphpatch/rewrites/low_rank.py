@@ -74,11 +74,20 @@ class LinearWithLowRank(torch.autograd.Function):
         # Into memory of its own: what `linear` gives may be a view, and autograd lets nobody write into that in place.
         y = x.new_empty(*x.shape[:-1], weight.shape[0])
         rows = y if y.dim() == 2 else y.view(-1, y.shape[-1])
-        if bias is None:
-            torch.mm(_rows(x), weight.t(), out=rows)
-        else:
-            torch.addmm(bias, _rows(x), weight.t(), out=rows)
-        rows.addmm_(h, _as(b, x.dtype).t(), alpha=scale)
+        if x.is_cpu:
+            # The thin product first: what the large one then adds into costs no pass of its own.
+            low = _as(b, x.dtype).t()
+            if bias is None:
+                rows.addmm_(h, low, beta=0, alpha=scale)
+            else:
+                torch.addmm(bias, h, low, alpha=scale, out=rows)
+            rows.addmm_(_rows(x), weight.t())
+        else:  # elsewhere a product that adds may be another kernel, of other bits than the base's own
+            if bias is None:
+                torch.mm(_rows(x), weight.t(), out=rows)
+            else:
+                torch.addmm(bias, _rows(x), weight.t(), out=rows)
+            rows.addmm_(h, _as(b, x.dtype).t(), alpha=scale)
         needs = ctx.needs_input_grad
         trained = needs[4] or needs[5]
         ctx.scale, ctx.own_input = scale, z is None
@@ -118,8 +127,10 @@ class LinearWithLowRank(torch.autograd.Function):
             # in the cache, or autograd copies it later.
             grad_b = (inner if scale == 1.0 else inner * scale).t().mm(g).t().to(b.dtype).contiguous()
         if need_x:
-            if ctx.own_input:
-                grad_x = torch.addmm(g.mm(weight), back, a_) if again else g.mm(weight).addmm_(back, a_)
+            if ctx.own_input and again:
+                grad_x = torch.addmm(g.mm(weight), back, a_)
+            elif ctx.own_input:
+                grad_x = back.mm(a_).addmm_(g, weight) if g.is_cpu else g.mm(weight).addmm_(back, a_)
             else:
                 grad_x = g.mm(weight)
             grad_x = grad_x.view(*shape, weight.shape[1])

@@ -132,6 +132,16 @@ class LoraTEGrouped(LoraOfExperts):
     columns: ClassVar[bool]
 
     @classmethod
+    def check(cls, entry: Adapter, module: nn.Module) -> None:
+        if getattr(module.config, "moe_mlp_glu_interleave_size", None):
+            raise Refusal(
+                "the config lays gate and up by turns (moe_mlp_glu_interleave_size), and `lora` knows them one behind "
+                "the other",
+                "build the model without moe_mlp_glu_interleave_size",
+                code="GP951",
+            )
+
+    @classmethod
     def _by_rows(cls, entry: Adapter) -> bool:
         return cls.columns
 

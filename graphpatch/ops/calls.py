@@ -8,7 +8,7 @@ _CONTAINERS = {"ModuleList", "ModuleDict", "ParameterList", "ParameterDict"}
 
 
 def refuse_uncalled(target: Target, op: str) -> None:
-    """Raise `Refusal` where the target is a container, or where its parent reads its weight and never calls it."""
+    """Raise `Refusal` where the target is a container, or (GP503) its parent reads its weight and never calls it."""
     cls = target.signature.cls
     if _torch_class(target.signature.mro, _CONTAINERS):
         raise Refusal(
@@ -24,6 +24,20 @@ def refuse_uncalled(target: Target, op: str) -> None:
             "leave it out: except :MultiheadAttention",
             code="GP503",
         )
+    if target.parent is not None and _fuses(target):
+        raise Refusal(
+            f"{target.parent.cls} computes with the weights of its linears in one kernel, by Transformer Engine's op "
+            f"fuser, and never calls them, so `{op}` there would do nothing",
+            "build the model without use_te_op_fuser and use_transformer_engine_op_fuser",
+            code="GP503",
+        )
+
+
+def _fuses(target: Target) -> bool:
+    """Whether the target is in a feed-forward part of megatron-core that does so: always, or where the config says."""
+    above = {c.rpartition(".")[2] for c in target.parent.mro if c.startswith("megatron.")} if target.parent else set()
+    asked = (target.config or {}).get("use_transformer_engine_op_fuser") is True
+    return "TEFusedMLP" in above or (asked and "TEGroupedMLP" in above)
 
 
 def _torch_class(mro: tuple[str, ...], names: set[str]) -> bool:

@@ -4,6 +4,8 @@ linears, on stand-ins with their parameters (the real ones need a GPU)."""
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,8 +66,14 @@ def spec(kind: str, count: int) -> Any:
             num_experts=count, moe_grouped_gemm=True, moe_use_legacy_grouped_gemm=True, normalization="LayerNorm"
         )
     layer = get_gpt_layer_local_spec(num_experts=count, moe_grouped_gemm=False, normalization="LayerNorm")
-    linears = MLPSubmodules(linear_fc1=TEColumnParallelGroupedLinear, linear_fc2=TERowParallelGroupedLinear)
-    layer.submodules.mlp.submodules.experts = ModuleSpec(module=experts.TEGroupedMLP, submodules=linears)
+    linears = {"linear_fc1": TEColumnParallelGroupedLinear, "linear_fc2": TERowParallelGroupedLinear}
+    built = layer.submodules.mlp
+    if isinstance(built, partial):  # a later release's
+        of = partial(experts.TEGroupedMLP, submodules=experts.GroupedMLPSubmodules(**linears))
+        inside = replace(built.keywords["submodules"], experts=of)
+        layer.submodules.mlp = partial(built.func, **{**built.keywords, "submodules": inside})
+    else:
+        built.submodules.experts = ModuleSpec(module=experts.TEGroupedMLP, submodules=MLPSubmodules(**linears))
     return layer
 
 

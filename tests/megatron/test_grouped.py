@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.transformer import TransformerConfig
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import silu
@@ -214,6 +216,26 @@ def refused(kind: str, options: str, own_forward: bool = False) -> str:
 @pytest.mark.parametrize("options", [", dora=true", ", bias=true", ', init="pissa"', ', parts=["q"]'])
 def test_options_without_effect_there_are_refused(kind, options):
     assert one(refused, kind, options) == "GP410"
+
+
+def bypassed(**changes: Any) -> str:
+    (chunk,) = chunks_of(**sizes("engine"))
+    for module in chunk.modules():
+        if hasattr(module, "config"):
+            module.config.__dict__.update(changes)  # type: ignore[union-attr, arg-type]
+    with pytest.raises(graphpatch.Error) as caught:
+        graphpatch.apply(chunk, graphpatch.parse(RULES["engine"] + FROZEN))
+    return caught.value.code
+
+
+OTHERWISE = [({"moe_mlp_glu_interleave_size": 32}, "GP951")]
+if "use_transformer_engine_op_fuser" in TransformerConfig.__dataclass_fields__:
+    OTHERWISE.append(({"use_transformer_engine_op_fuser": True}, "GP503"))  # of experts, in later releases
+
+
+@pytest.mark.parametrize(("changes", "code"), OTHERWISE, ids=str)
+def test_what_computes_past_the_linears_or_lays_their_rows_otherwise_is_refused(changes, code):
+    assert one(partial(bypassed, **changes)) == code
 
 
 @pytest.mark.parametrize("kind", KINDS[:-1])

@@ -151,6 +151,28 @@ def test_it_is_lora_over_ranks(kind):
                 torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
+class TEFusedMLP(nn.Module):
+    """Which computes with the weights of its linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear_fc1, self.linear_fc2 = TELayerNormColumnParallelLinear(False), TERowParallelLinear(False)
+
+
+TEFusedMLP.__module__ = ENGINE
+
+
+def within_a_fused_mlp() -> str:
+    model = nn.ModuleDict({"mlp": TEFusedMLP()})
+    with pytest.raises(graphpatch.Error) as caught:
+        graphpatch.apply(model, graphpatch.parse("patch linear_fc1 with lora(rank=4)"))
+    return caught.value.code
+
+
+def test_linears_that_are_never_called_are_refused():
+    assert one(within_a_fused_mlp) == "GP503"
+
+
 def refused() -> list[str]:
     codes = []
     for options in ("dora=true", "bias=true", 'init="pissa"'):

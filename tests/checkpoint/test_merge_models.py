@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import graphpatch
@@ -224,25 +225,61 @@ def test_an_adapter_of_peft_needs_a_base_that_says_what_it_is(tmp_path):
         assert caught.value.code == "GP645" and word in str(caught.value)
 
 
-def test_what_is_turned_while_it_is_loaded_is_left_alone_or_refused(tmp_path):
-    """The stacks of Qwen3-VL-MoE are stored the other way round, under the same names."""
-    text = {**SIZES, **MOE, "head_dim": 8}
+def qwen3_vl_moe(width: int) -> Any:
+    """Whose stacks are stored the other way round, under the same names."""
+    text = {**SIZES, **MOE, "head_dim": 8, "moe_intermediate_size": width}
     vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 4, "out_hidden_size": 32,
               "deepstack_visual_indexes": [0]}  # fmt: skip
-    config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision)
-    MODELS["qwen3 vl moe"] = lambda: transformers.Qwen3VLMoeForConditionalGeneration(config)
-    model = saved(tmp_path, "qwen3 vl moe", ATTENTION)
+    return transformers.Qwen3VLMoeForConditionalGeneration(
+        transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision)
+    )
+
+
+# Of one that is as high as it is wide Transformers cannot tell, and leaves it as it is.
+MODELS["qwen3 vl moe"], MODELS["qwen3 vl moe, square"] = (partial(qwen3_vl_moe, width) for width in (24, 16))
+
+
+def turn_stacks(base: Path) -> None:
+    """Store them (experts, in, out), as Qwen does and Transformers, which reads both, does not."""
+    file = base / "model.safetensors"
+    tensors = load_file(file)
+    turned = {key: value.mT.contiguous() if value.dim() == 3 else value for key, value in tensors.items()}
+    save_file(turned, file, {"format": "pt"})
+
+
+BESIDE = EXPERTS.replace("freeze ** except @new", "train **.experts.down_proj")
+
+
+@pytest.mark.parametrize("text", [ATTENTION, EXPERTS, BESIDE], ids=["attention", "experts", "a base that trains"])
+@pytest.mark.parametrize("published", [True, False], ids=["as published", "as saved"])
+@pytest.mark.parametrize("name", ["qwen3 vl moe", "qwen3 vl moe, square"])
+def test_what_is_turned_while_it_is_loaded(tmp_path, name, published, text):
+    model = saved(tmp_path, name, text)
+    if published and "square" not in name:
+        turn_stacks(tmp_path / "base")
     graphpatch.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert unequal(tmp_path / "out", model) == []
-    saved(tmp_path / "experts", "qwen3 vl moe", EXPERTS)
-    with pytest.raises(graphpatch.Error) as caught:
-        graphpatch.merge_checkpoint(tmp_path / "base", tmp_path / "experts" / "adapter", tmp_path / "other")
-    assert caught.value.code == "GP645" and "bake" in str(caught.value) and not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt-oss", "llama"])
+def test_a_router_that_trained_and_is_stored_turned(tmp_path):
+    """Ernie 4.5 VL keeps them (in, out), and one of two under another name."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    text = {**SIZES, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": [24, 16], "rope_parameters": rope}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 4}
+    config = transformers.Ernie4_5_VLMoeConfig(text_config=text, vision_config=vision)
+    MODELS["ernie"] = lambda: transformers.Ernie4_5_VLMoeForConditionalGeneration(config)
+    model = saved(tmp_path, "ernie", ATTENTION + "\ntrain {text,vision}_moe.gate")
+    kept = load_file(tmp_path / "base" / "model.safetensors")
+    assert kept["model.layers.1.mlp.gate.weight_1"].shape == (32, 4)
+    graphpatch.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert unequal(tmp_path / "out", model) == []
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss", "qwen3 vl moe", "llama"])
 def test_unmerging_reads_experts_from_the_files_that_hold_them(tmp_path, name):
     saved(tmp_path, name, ATTENTION if name == "llama" else EXPERTS)
+    if name == "qwen3 vl moe":
+        turn_stacks(tmp_path / "base")
     model = type(MODELS[name]()).from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
     patched = graphpatch.load_adapter(model, tmp_path / "adapter")
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}

@@ -24,12 +24,18 @@ Run = tuple[str, int, int, int]
 """A tensor's name in the files, a row there, the row of the parameter that it is, and how many follow in both."""
 
 
+class Turned(NamedTuple):
+    """A tensor whose last two dimensions are the other way round in the files."""
+
+    name: str
+
+
 class Place(NamedTuple):
-    """A parameter in the files: the tensor that it is as it stands, or the runs of rows that it is made of, a row being
-    what has all indices but the last in common; None where it is made of them in another way."""
+    """A parameter in the files: the tensor that it is as it stands, or turned, or the runs of rows that it is made of,
+    a row being what has all indices but the last in common; None where it is made of them in another way."""
 
     shape: tuple[int, ...]
-    where: str | list[Run] | None
+    where: str | Turned | list[Run] | None
 
     @property
     def columns(self) -> int:
@@ -86,6 +92,9 @@ def _placed(
 ) -> dict[str, Place]:
     """The parameters that one conversion makes."""
     names = [name for name, _ in sources]
+    turned = _turned(converter, [slots[name].shape for name in names], tuple(state[target].shape))
+    if turned is not None:
+        return {target: Place(tuple(state[target].shape), Turned(names[0]) if turned else names[0])}
     heads = [_head(slots[name].shape) for name in names]
     counts = [prod(head) for head in heads]
     starts = [sum(counts[:i]) for i in range(len(counts))]
@@ -105,6 +114,20 @@ def _placed(
         if name in state and widths == {_width(shape)} and tuple(numbers.shape) == _head(shape):
             places[name] = Place(shape, list(_runs(numbers.flatten().tolist(), names, starts, counts)))
     return places
+
+
+def _turned(converter: Any, shapes: list[tuple[int, ...]], wanted: tuple[int, ...]) -> bool | None:
+    """Whether a tensor becomes the parameter by exchanging its last two dimensions; None where another thing is done to
+    it, or to several. Asked of the operation, since numbers of rows do not tell."""
+    operations = converter.operations
+    if len(shapes) != 1 or len(operations) != 1 or type(operations[0]).__name__ != "Transpose":
+        return None
+    (shape,), (operation,) = shapes, operations
+    if getattr(operation, "check_dims", False) and shape == wanted:
+        return False
+    axes = {operation.dim0 % len(shape), operation.dim1 % len(shape)}
+    exchanged = (*shape[:-2], shape[-1], shape[-2]) if len(shape) > 1 else ()
+    return True if axes == {len(shape) - 2, len(shape) - 1} and exchanged == wanted else None
 
 
 def _head(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from ...lang.diagnostics import Diagnostic, Error
 from ..base_files import BaseFiles, Slot
 from ..base_weights import find_names, refuse_missing, refuse_packed, refuse_shapes
 from ..hf_model import never_saved
-from .converted import Place, converted_places
+from .converted import Place, Turned, converted_places
 from .updates import Shape, Updates
 
 
@@ -26,6 +26,8 @@ class Piece(NamedTuple):
     """In the parameter."""
     rows: int
     columns: int
+    turned: bool = False
+    """Whether the file has these rows as columns."""
 
 
 def find_pieces(updates: Updates, files: BaseFiles) -> dict[str, list[Piece]]:
@@ -87,17 +89,24 @@ def _pieces(name: str, place: Place, updates: Updates) -> Iterable[tuple[str, Pi
         columns = mergings[0].columns if mergings else place.columns
         size = prod(place.shape)
         yield place.where, Piece(name, 0, 0, size // columns if columns else 0, columns)
+    elif isinstance(place.where, Turned):
+        mergings = updates.mergings.get(name)
+        *_, rows, columns = place.shape
+        if mergings and mergings[0].columns != columns:
+            raise unknown_layout(name)
+        for row in range(0, prod(place.shape[:-1]), rows):  # one matrix after the other
+            yield place.where.name, Piece(name, row, row, rows, columns, turned=True)
     elif place.where is None:
-        raise turned(name)
+        raise unknown_layout(name)
     else:
         for tensor, file_row, row, rows in place.where:
             yield tensor, Piece(name, file_row, row, rows, place.columns)
 
 
-def turned(name: str) -> Error:
+def unknown_layout(name: str) -> Error:
     title = f"`{name}` lies in the files in a way that no rows of them are rows of it"
     fix = "load the adapter onto the model, patch.bake() it, and save_pretrained"
-    return Error(Diagnostic("GP645", title, text=("transformers turns it while it loads",), fixes=(fix,)))
+    return Error(Diagnostic("GP645", title, text=("transformers changes it while it loads",), fixes=(fix,)))
 
 
 def _refuse_type(name: str, value: Tensor | None, slot: Slot) -> None:

@@ -11,8 +11,8 @@ import torch
 from ...lang.diagnostics import Diagnostic, Error
 from ..base_files import BaseFiles
 from ..base_weights import find_names, refuse_missing, refuse_packed, refuse_shapes
-from .converted import Place
-from .pieces import locate, turned
+from .converted import Place, Turned
+from .pieces import locate, unknown_layout
 
 
 def read_weights(
@@ -47,14 +47,18 @@ def read_weights(
 def _tensors(place: Place) -> list[str]:
     if isinstance(place.where, str):
         return [place.where]
+    if isinstance(place.where, Turned):
+        return [place.where.name]
     return list(dict.fromkeys(tensor for tensor, *_ in place.where or ()))
 
 
 def _read(name: str, place: Place, files: BaseFiles) -> torch.Tensor:
     if isinstance(place.where, str):
         return files.read(place.where)
+    if isinstance(place.where, Turned):
+        return files.read(place.where.name).mT.contiguous()
     if place.where is None:
-        raise turned(name)
+        raise unknown_layout(name)
     made = torch.empty(place.shape, dtype=files.slots[place.where[0][0]].dtype)
     rows = made.view(-1, place.columns)
     for tensor in _tensors(place):

@@ -100,16 +100,20 @@ class Writer:
                 self._merge(slot, piece, target)
             else:
                 value = self._value(piece, slot)[piece.row : piece.row + piece.rows]
-                self._put(value.contiguous(), offset, target)
+                self._put((value.t() if piece.turned else value).contiguous(), offset, target)
 
     def _merge(self, slot: Slot, piece: Piece, target: BinaryIO) -> None:
         assert slot.dtype is not None
         mergings, width, dtype = self.updates.mergings[piece.name], _width(slot, piece), working_dtype(slot.dtype)
         if any(m.looks for m in mergings):
             self._look(piece.name)
+        # What is turned is read and written as a whole: its rows lie nowhere in one piece.
+        whole = self._rows(slot, piece, piece.row, piece.row + piece.rows).clone() if piece.turned else None
 
         def read(start: int, stop: int) -> Tensor:
             rows = workspace("rows", stop - start, piece.columns, dtype, torch.device("cpu"))
+            if whole is not None:
+                return rows.copy_(whole[start - piece.row : stop - piece.row])
             return rows.copy_(self._rows(slot, piece, start, stop))
 
         def write(start: int, rows: Tensor) -> None:
@@ -117,9 +121,14 @@ class Writer:
             new = workspace("new", len(rows), piece.columns, slot.dtype, rows.device).copy_(rows)
             if not_finite(new):
                 raise _infinite(piece.name, not_finite(self._rows(slot, piece, start, start + len(rows))))
+            if whole is not None:
+                whole[start - piece.row : start - piece.row + len(rows)] = new
+                return
             self._put(new, slot.offset + (piece.file_row + start - piece.row) * width, target)
 
         merge_blocks(mergings, spans(mergings, piece.row, piece.row + piece.rows), read, write)
+        if whole is not None:
+            self._put(whole.t().contiguous(), slot.offset + piece.file_row * width, target)
 
     def _rows(self, slot: Slot, piece: Piece, start: int, stop: int) -> Tensor:
         """Rows of a parameter within a piece, as the base has them."""
@@ -127,6 +136,11 @@ class Writer:
         if piece.name in self.updates.values:
             return self._value(piece, slot)[start:stop]
         width = _width(slot, piece)
+        if piece.turned:
+            there = torch.empty(piece.columns, piece.rows, dtype=slot.dtype)
+            with open(slot.file, "rb", buffering=0) as file:
+                read_into(file, _bytes(there), slot.offset + piece.file_row * width)
+            return there.t()[start - piece.row : stop - piece.row].contiguous()
         read = workspace("read", stop - start, piece.columns, slot.dtype, torch.device("cpu"))
         with open(slot.file, "rb", buffering=0) as file:
             read_into(file, _bytes(read), slot.offset + (piece.file_row + start - piece.row) * width)

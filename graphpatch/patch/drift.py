@@ -6,8 +6,8 @@ from torch import nn
 
 from ..lang.diagnostics import ApplyError, Diagnostic
 from ..tree.diff import diff
-from ..tree.snapshot import WRAPPERS
 from ..tree.tree import Tree
+from ..tree.wrappers import WRAPPERS
 
 _SHOWN = 8
 

@@ -6,33 +6,20 @@ parameters they have. The factors stay registered; only the modules no longer co
 
 from __future__ import annotations
 
-import math
 import signal
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 
 from ..lang.diagnostics import ApplyError, Diagnostic
-from ..rewrites.merging import (
-    blocks,
-    exact_arithmetic,
-    look_at_all,
-    merge_blocks,
-    not_finite,
-    one_thread_each,
-    spans,
-    working_dtype,
-    workspace,
-)
 from .change import WeightChange
 from .coded import decoded, is_coded, put
 from .in_place import InPlaceChange
-from .mergeable import Weight, weights_of
+from .live_weights import checksum, exchange, kept_as_it_is, live, write
+from .merge_into import each, exactly, merge_into, refuse_infinite, warn_of_codes
+from .mergeable import weights_of
 from .record import Journal, Merged, Place
 
 
@@ -44,25 +31,25 @@ def merge(root: nn.Module, journal: Journal, others: Sequence[Journal], keep: bo
         raise ApplyError(Diagnostic("GP531", "there is nothing to merge: this patch changes no weight"))
     kept: dict[int, Tensor] = {}
     begun: list[int] = []
-    _warn_of_codes(weights)
+    warn_of_codes(weights)
 
     def do(at: int) -> None:
         if keep:
-            kept[at] = _kept(weights[at].place)
+            kept[at] = kept_as_it_is(weights[at].place)
         begun.append(at)
-        _merge_into(weights[at])
+        merge_into(weights[at])
 
-    with _exactly(weights):
-        _each(weights, lambda at: _refuse_infinite(weights[at]))
+    with exactly(weights):
+        each(weights, lambda at: refuse_infinite(weights[at]))
         with _uninterrupted():
             try:
-                _each(weights, do)
+                each(weights, do)
             except BaseException as error:
                 for at in kept:
-                    _write(weights[at].place, kept[at])
+                    write(weights[at].place, kept[at])
                 raise _half_way(error, 0 if keep else len(begun)) from error
     number = 1 + max((other.merged.number for other in others if other.merged), default=0)
-    sums = [_sum(weight.place) for weight in weights] if keep else []
+    sums = [checksum(weight.place) for weight in weights] if keep else []
     places, paths = [weight.place for weight in weights], [weight.path for weight in weights]
     journal.merged = Merged(number, places, paths, [kept[at] for at in range(len(weights))] if keep else None, sums)
     _show(journal, merged=True)
@@ -79,16 +66,16 @@ def unmerge(
     places = dict(zip(merged.paths, merged.places))
     with _uninterrupted():
         if base is not None:
-            read = base({path: decoded(p) if is_coded(p) else _live(p) for path, p in places.items()})
+            read = base({path: decoded(p) if is_coded(p) else live(p) for path, p in places.items()})
             for path, place in places.items():
-                _write(place, read[path])
+                write(place, read[path])
             _merge_again(root, journal, others)
         elif merged.kept is None:
             raise _kept_nothing()
         else:
             _refuse_changed(merged)
             for place, before in zip(merged.places, merged.kept):
-                _write(place, before)
+                write(place, before)
         journal.merged = None
         _show(journal, merged=False)
 
@@ -125,8 +112,7 @@ def taken_out(journal: Journal, others: Sequence[Journal]) -> Iterator[None]:
     _refuse_changed(merged)
     # Both have the dtype that the model has by now, so that nothing is lost in passing.
     merged.kept[:] = [
-        before if is_coded(place) else before.to(_live(place).dtype)
-        for place, before in zip(merged.places, merged.kept)
+        before if is_coded(place) else before.to(live(place).dtype) for place, before in zip(merged.places, merged.kept)
     ]
     try:
         _exchange_all(merged)
@@ -177,7 +163,7 @@ def _kept_nothing() -> ApplyError:
 
 def _refuse_changed(merged: Merged) -> None:
     for path, place, (dtype, total) in zip(merged.paths, merged.places, merged.sums):
-        now = _sum(place)
+        now = checksum(place)
         if now[0] == dtype and now[1] != total:
             raise ApplyError(
                 Diagnostic(
@@ -187,38 +173,6 @@ def _refuse_changed(merged: Merged) -> None:
                     fixes=("patch.unmerge(base=DIR) takes the base's weights from a checkpoint, whatever is here now",),
                 )
             )
-
-
-def _refuse_infinite(weight: Weight) -> None:
-    tensor = decoded(weight.place) if is_coded(weight.place) else weight.tensor
-    largest = 0.0
-    with _writable(tensor):
-        matrix = tensor.reshape(-1, weight.mergings[0].columns)
-        for start, stop in blocks(*matrix.shape):
-            low, high = torch.aminmax(matrix[start:stop])
-            largest = max(largest, -float(low), float(high)) if math.isfinite(low + high) else math.nan
-        limit = largest
-        for merging in weight.mergings:
-            limit = merging.limit(limit)
-        if limit < torch.finfo(tensor.dtype).max:
-            return
-        infinite: list[int] = []
-
-        def look(start: int, rows: Tensor) -> None:
-            if not_finite(rows.to(tensor.dtype)):
-                infinite.append(start)
-
-        _merge_rows(weight, matrix, look)
-    if infinite:
-        why = "the base has such a value already" if math.isnan(largest) else "the update does not fit its dtype"
-        raise ApplyError(
-            Diagnostic(
-                "GP533",
-                f"merged, `{weight.path}` would hold a NaN or an infinity: {why}",
-                text=(f"in rows from {infinite[0]} on, in {str(tensor.dtype).removeprefix('torch.')}",),
-                fixes=("look at the factors: patch.adapter_state_dict()", "or merge in a wider dtype: model.float()"),
-            )
-        )
 
 
 def _half_way(error: BaseException, left: int) -> BaseException:
@@ -232,69 +186,11 @@ def _half_way(error: BaseException, left: int) -> BaseException:
 # ── weights ──
 
 
-def _live(place: Place) -> Tensor:
-    return place[0]._parameters[place[1]].detach()  # type: ignore[union-attr]
-
-
 def _show(journal: Journal, merged: bool) -> None:
     for change in journal.changes:
         if isinstance(change, InPlaceChange):
             change.merged = merged
             change.show()
-
-
-def _each(weights: Sequence[Weight], do: Callable[[int], None]) -> None:
-    """Call it with the number of each weight, on several threads where they are in this machine's own memory."""
-    if any(weight.tensor.device.type != "cpu" for weight in weights):
-        for at in range(len(weights)):
-            do(at)
-        return
-    with one_thread_each() as threads, ThreadPoolExecutor(threads) as pool:
-        futures = [pool.submit(do, at) for at in range(len(weights))]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _merge_into(weight: Weight) -> None:
-    coded = is_coded(weight.place)
-    tensor = decoded(weight.place).float() if coded else weight.tensor
-    with _writable(tensor):
-        matrix = tensor.reshape(-1, weight.mergings[0].columns)
-        _merge_rows(weight, matrix, lambda start, rows: matrix[start : start + len(rows)].copy_(rows))
-        if matrix.data_ptr() != tensor.data_ptr():  # its elements lie in another order (channels last), so it is a copy
-            tensor.copy_(matrix.view(tensor.shape))
-        if coded:
-            put(weight.place, tensor)
-
-
-def _kept(place: Place) -> Tensor:
-    """What brings the weight there back to the bit."""
-    return place[0]._parameters[place[1]] if is_coded(place) else _live(place).to("cpu", copy=True)  # type: ignore[return-value]
-
-
-def _warn_of_codes(weights: Sequence[Weight]) -> None:
-    coded = [weight.path for weight in weights if is_coded(weight.place)]
-    if coded:
-        warnings.warn(
-            f"graphpatch: `{coded[0]}` and {len(coded) - 1} more are quantised, and are so again after merging: the "
-            "sum is rounded to codes anew, so outputs change a little. merge_checkpoint takes the base as it was.",
-            stacklevel=4,
-        )
-
-
-def _merge_rows(weight: Weight, matrix: Tensor, write: Callable[[int, Tensor], object]) -> None:
-    dtype = working_dtype(matrix.dtype)
-
-    def read(start: int, stop: int) -> Tensor:
-        return workspace("rows", stop - start, matrix.shape[1], dtype, matrix.device).copy_(matrix[start:stop])
-
-    where = spans(weight.mergings, 0, len(matrix))
-    look_at_all(weight.mergings, where, read)
-    merge_blocks(weight.mergings, where, read, write)
 
 
 def _merge_again(root: nn.Module, journal: Journal, others: Sequence[Journal]) -> None:
@@ -303,62 +199,20 @@ def _merge_again(root: nn.Module, journal: Journal, others: Sequence[Journal]) -
     places = {(id(module), name) for module, name in journal.merged.places}
     for other in sorted((o for o in others if o.merged), key=lambda o: o.merged.number):  # type: ignore[union-attr]
         weights = [weight for weight in weights_of(root, other) if weight.key in places]
-        with _exactly(weights):
+        with exactly(weights):
             for weight in weights:
-                _merge_into(weight)
-
-
-def _write(place: Place, value: Tensor) -> None:
-    if is_coded(place):
-        put(place, value)
-        return
-    tensor = _live(place)
-    with _writable(tensor):
-        tensor.copy_(value)
+                merge_into(weight)
 
 
 def _exchange_all(merged: Merged) -> None:
     assert merged.kept is not None
     for at, place in enumerate(merged.places):
         if is_coded(place):
-            now = _kept(place)
+            now = kept_as_it_is(place)
             put(place, merged.kept[at])
             merged.kept[at] = now
         else:
-            _exchange(_live(place), merged.kept[at])
-
-
-def _exchange(tensor: Tensor, other: Tensor) -> None:
-    with _writable(tensor):
-        for mine, theirs in zip(tensor.split(2**10), other.split(2**10)) if tensor.dim() else [(tensor, other)]:
-            before = mine.clone()
-            mine.copy_(theirs)
-            theirs.copy_(before)
-
-
-def _sum(place: Place) -> tuple[torch.dtype, int]:
-    """A checksum of the bytes, as cheap as reading them; of a tensor in any layout. Codes are replaced as a whole, so
-    nothing is written into them in passing."""
-    tensor = _live(place)
-    if is_coded(place):
-        return tensor.dtype, 0
-    with torch.no_grad():
-        data = tensor.contiguous().view(-1).view(torch.uint8)
-        if data.storage_offset() % 8:
-            data = data.clone()
-        whole = data.numel() // 8 * 8
-        return tensor.dtype, int(data[:whole].view(torch.int64).sum()) + int(data[whole:].sum())
-
-
-@contextmanager
-def _writable(tensor: Tensor) -> Iterator[None]:
-    """In-place, without a gradient; tensors that were made in inference mode can be written in it alone."""
-    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-        yield
-
-
-def _exactly(weights: Sequence[Weight]) -> AbstractContextManager[None]:
-    return exact_arithmetic(*{weight.tensor.device.type for weight in weights})
+            exchange(live(place), merged.kept[at])
 
 
 @contextmanager

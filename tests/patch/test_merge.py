@@ -397,7 +397,7 @@ def test_failing_half_way_leaves_all_as_it_was(monkeypatch):
 
     model, made = patched()
     before = state(model)
-    real, calls = module._merge_into, []
+    real, calls = module.merge_into, []
 
     def failing(weight):
         calls.append(weight)
@@ -405,7 +405,7 @@ def test_failing_half_way_leaves_all_as_it_was(monkeypatch):
         if len(calls) == 9:
             raise MemoryError("no room")
 
-    monkeypatch.setattr(module, "_merge_into", failing)
+    monkeypatch.setattr(module, "merge_into", failing)
     refused("GP533", made.merge, "as they were", "no room")
     assert state(model) == before and not made.merged
 

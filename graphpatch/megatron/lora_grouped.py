@@ -10,7 +10,7 @@ Engine's linears are found by name; written against their documented interface, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -129,8 +129,6 @@ class LoraGroupedMLP(LoraOfExperts):
 class LoraTEGrouped(LoraOfExperts):
     """One weight an expert: `weight0`, `weight1` and so on."""
 
-    columns: ClassVar[bool]
-
     @classmethod
     def check(cls, entry: Adapter, module: nn.Module) -> None:
         if getattr(module.config, "moe_mlp_glu_interleave_size", None):
@@ -140,10 +138,6 @@ class LoraTEGrouped(LoraOfExperts):
                 "build the model without moe_mlp_glu_interleave_size",
                 code="GP951",
             )
-
-    @classmethod
-    def _by_rows(cls, entry: Adapter) -> bool:
-        return cls.columns
 
     @classmethod
     def merging(
@@ -161,8 +155,12 @@ class LoraTEGrouped(LoraOfExperts):
 
 
 class LoraTEGroupedColumn(LoraTEGrouped):
-    columns = True
+    @classmethod
+    def _by_rows(cls, entry: Adapter) -> bool:
+        return True
 
 
 class LoraTEGroupedRow(LoraTEGrouped):
-    columns = False
+    @classmethod
+    def _by_rows(cls, entry: Adapter) -> bool:
+        return False

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..patch.record import record_of
 from ..rewrites.lora_base import Adapter
-from .experts import experts_of, is_expert, stack_of
+from .experts import LINEAR, experts_of, is_expert, stack_of
 
 Marks = dict[str, Any]
 """Attributes of a parameter, by which megatron-core sums gradients, takes norms, and shards optimizers."""
@@ -192,7 +192,7 @@ def _pieces(module: nn.Module, name: str, tensor: Tensor) -> tuple[int, tuple[in
 def _unmarked_dim(module: nn.Module, name: str) -> int:
     """By its class, of a parameter that says nothing: models that are built without initialisation have no mark."""
     kinds = {c.__name__ for c in type(module).__mro__}
-    if "TEGroupedLinear" in kinds:
+    if LINEAR in kinds:
         rows = "TEColumnParallelGroupedLinear" in kinds
         return {"weight": 0 if rows else 1, "bias": 0 if rows else -1}.get(name.rstrip("0123456789"), -1)
     if name == "weight" and "RowParallelLinear" in kinds:

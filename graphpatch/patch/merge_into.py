@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..lang.diagnostics import ApplyError, Diagnostic
 from ..rewrites.merging import (
+    all_done,
     blocks,
     exact_arithmetic,
     look_at_all,
@@ -34,14 +35,8 @@ def each(weights: Sequence[Weight], do: Callable[[int], None]) -> None:
         for at in range(len(weights)):
             do(at)
         return
-    with one_thread_each() as threads, ThreadPoolExecutor(threads) as pool:
-        futures = [pool.submit(do, at) for at in range(len(weights))]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with one_thread_each() as threads:
+        all_done([partial(do, at) for at in range(len(weights))], threads)
 
 
 def merge_into(weight: Weight) -> None:

@@ -74,9 +74,9 @@ class LinearWithLowRank(torch.autograd.Function):
         # Into memory of its own: what `linear` gives may be a view, and autograd lets nobody write into that in place.
         y = x.new_empty(*x.shape[:-1], weight.shape[0])
         rows = y if y.dim() == 2 else y.view(-1, y.shape[-1])
+        low = _as(b, x.dtype).t()
         if x.is_cpu:
             # The thin product first: what the large one then adds into costs no pass of its own.
-            low = _as(b, x.dtype).t()
             if bias is None:
                 rows.addmm_(h, low, beta=0, alpha=scale)
             else:
@@ -87,7 +87,7 @@ class LinearWithLowRank(torch.autograd.Function):
                 torch.mm(_rows(x), weight.t(), out=rows)
             else:
                 torch.addmm(bias, _rows(x), weight.t(), out=rows)
-            rows.addmm_(h, _as(b, x.dtype).t(), alpha=scale)
+            rows.addmm_(h, low, alpha=scale)
         needs = ctx.needs_input_grad
         trained = needs[4] or needs[5]
         ctx.scale, ctx.own_input = scale, z is None

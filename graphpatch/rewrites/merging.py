@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from itertools import pairwise
@@ -222,6 +223,18 @@ def one_thread_each() -> Iterator[int]:
         yield max(1, min(threads, 8))
     finally:
         torch.set_num_threads(threads)
+
+
+def all_done(works: Iterable[Callable[[], object]], threads: int) -> None:
+    """Call each, on so many threads. What one raises is raised, and what has not begun by then does not begin."""
+    with ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(work) for work in works]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 class _Kept(threading.local):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import graphpatch
+from graphpatch.checkpoint.merging import converted
 from tests.patch.common import patch, randomise
 
 SIZES = {
@@ -259,6 +260,15 @@ def test_what_is_turned_while_it_is_loaded(tmp_path, name, published, text):
         turn_stacks(tmp_path / "base")
     graphpatch.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert unequal(tmp_path / "out", model) == []
+
+
+def test_what_becomes_a_parameter_in_an_unknown_way_is_refused(tmp_path, monkeypatch):
+    saved(tmp_path, "qwen3 vl moe", EXPERTS)
+    turn_stacks(tmp_path / "base")
+    monkeypatch.setattr(converted, "_turned", lambda *given: None)
+    with pytest.raises(graphpatch.Error) as caught:
+        graphpatch.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "other")
+    assert caught.value.code == "GP645" and "bake" in str(caught.value) and not (tmp_path / "other").exists()
 
 
 def test_a_router_that_trained_and_is_stored_turned(tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from math import prod
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...lang.diagnostics import Diagnostic, Error
-from ...rewrites.merging import look_at_all, merge_blocks, not_finite, spans, working_dtype, workspace
+from ...rewrites.merging import all_done, look_at_all, merge_blocks, not_finite, spans, working_dtype, workspace
 from ..base_files import BaseFiles, Slot, read_into
 from .pieces import Piece
 from .updates import Updates
@@ -67,14 +66,7 @@ class Writer:
     def _make(self, out: Path, size: int, parts: Sequence[Callable[[], None]]) -> None:
         with open(out, "xb") as target:
             target.truncate(size)
-        with ThreadPoolExecutor(self._threads) as pool:
-            futures = [pool.submit(part) for part in parts]
-            try:
-                for future in futures:
-                    future.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        all_done(parts, self._threads)
 
     def _copies(self, source: Path, target: Path, start: int, stop: int) -> list[Callable[[], None]]:
         return [partial(self._copy, source, target, at, min(at + _CHUNK, stop)) for at in range(start, stop, _CHUNK)]

@@ -38,6 +38,8 @@ class Lora(Op):
     dtype of the input; a rank above min(in, out) is allowed, and no more expressive than min(in, out).
 
     The `Conv1D` of Transformers (GPT-2) is a linear whose weight is stored (in, out); its factors are a linear's.
+    Of a subclass of `nn.Linear` that has a forward of its own, s B A x is added to what that makes; `patch.merge()`
+    tries whether that is still W x + b, and refuses where it is not.
 
     On `nn.Embedding`, A is rank x vocabulary and B dim x rank: the row of a token x gains s B A[:, x]. There A starts
     at zero and B standard normal, as PEFT has it, so the row of `padding_idx` stays what it is; dropout, on the one-hot

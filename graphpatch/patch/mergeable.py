@@ -125,6 +125,8 @@ def _refuse_unfit(weight: Weight) -> None:
         raise _unfit(weight, "it is sharded, and this rank has a part of it alone", "merge before sharding", _ON_DISK)
     if is_coded(weight.place) and is_writable(tensor):
         return
+    if tensor.is_complex():
+        raise _unfit(weight, "it is complex, and only floats are merged", "leave the adapter beside the weight")
     if tensor.dtype not in _FLOATS or type(tensor) not in (nn.Parameter, Tensor):
         holds = f"{type(tensor).__name__} of {str(tensor.dtype).removeprefix('torch.')}"
         raise _unfit(weight, f"it is quantised ({holds})", "merge into the base as it was before: " + _ON_DISK)

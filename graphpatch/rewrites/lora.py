@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -11,9 +12,11 @@ from torch.nn.functional import dropout, linear
 
 from ..ops.lora import Lora
 from ..ops.op import Op
-from .lora_base import Adapter
+from .lora_base import Adapter, LoraModule
 from .lora_options import LoraOfWeight
 from .low_rank import LinearWithLowRank, add_low_rank, fusible, low_rank
+from .merging import Merging, Unmergeable
+from .own_forward import is_product, refuse_misfit
 from .quantised import dequantised
 from .rewrite import InPlace
 
@@ -44,6 +47,27 @@ class LoraLinear(LoraOfWeight):
     @staticmethod
     def matrix(module: nn.Module) -> Tensor:
         return dequantised(module)
+
+    @classmethod
+    def merging_into(
+        cls, module: nn.Module, entry: Adapter, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+    ) -> Mapping[str, Merging]:
+        if not is_product(module, cls.matrix):
+            raise Unmergeable(
+                f"the forward of {type(module).__name__} makes more of its weight than W x + b, "
+                "and what stands beside that would be another model in the weight",
+                "leave the adapter beside the weight: save_adapter and load_adapter keep it there",
+            )
+        return super().merging_into(module, entry, tensors, shapes)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        output = super(LoraModule, self).forward(*args, **kwargs)
+        if not self._lora:
+            return output  # type: ignore[no-any-return]
+        # The input's name is the class's own.
+        input = args[0] if args else next(iter(kwargs.values()))
+        refuse_misfit(self, input, output)
+        return self._add_all(output, input)
 
     def _add_all(self, output: Tensor, input: Tensor) -> Tensor:
         base = output

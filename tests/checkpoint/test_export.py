@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import graphpatch
-from graphpatch import Error
+from graphpatch import Error, Tree
 from graphpatch.checkpoint.readers.export import export_adapter
 from graphpatch.checkpoint.readers.table import READERS
 from graphpatch.checkpoint.readers.validate import validate_adapter as validate
@@ -164,6 +164,25 @@ def test_without_metadata_alpha_is_taken_to_be_the_rank(tmp_path):
     tensors = {key: value.clone() for key, value in load_file(file).items()}
     save_file({**tensors, "extra": torch.zeros(1)}, file)
     assert {f.row.name for f in validate(tmp_path / "out", None, "diffusers").findings} == {"alpha", "key"}
+
+
+def test_keys_without_a_part_have_an_effect_on_the_model_and_none_in_a_pipeline(tmp_path):
+    """What `save_lora_adapter` of a diffusers model writes, as opposed to `save_lora_weights` of a pipeline."""
+    from safetensors.torch import save_file
+
+    model, folder = diffusion(tmp_path)
+    export_adapter(folder, tmp_path / "out", "diffusers")
+    file = tmp_path / "out" / "pytorch_lora_weights.safetensors"
+    with safe_open(file, "pt") as opened:
+        said = json.loads(opened.metadata()["lora_adapter_metadata"])
+    said = json.dumps({key.removeprefix("unet."): value for key, value in said.items()})
+    tensors = {key.removeprefix("unet."): value.clone() for key, value in load_file(file).items()}
+    save_file(tensors, file, {"lora_adapter_metadata": said, "format": "pt"})
+    report = validate(tmp_path / "out", Tree.of(UNet2DConditionModel()), "diffusers")
+    assert report.effective == 3 and [f.row.name for f in report.findings] == ["part"]
+    assert report.verdict("diffusers") == "misread"
+    (finding,) = report.findings
+    assert "prefix=None" in finding.row.fix
 
 
 # ── profiles ──

@@ -36,13 +36,13 @@ def reach(adapter: Adapter, tree: Tree) -> list[Reached]:
     # What is near is told of the first alone: to look for it takes as long as all the rest.
     astray = [at for at, one in enumerate(found) if one.node is None][:_HINTS]
     for at in astray:
-        near = _near(tree, _path(adapter, adapter.factors[found[at].path]))
+        near = _near(tree, _path(adapter, tree, adapter.factors[found[at].path]))
         found[at] = found[at]._replace(why=found[at].why + near)
     return found
 
 
 def _reached(adapter: Adapter, tree: Tree, one: Factors) -> Reached:
-    path = _path(adapter, one)
+    path = _path(adapter, tree, one)
     if adapter.layout == "mlx" and ".switch_mlp." in path:
         return _switched(tree, one)
     node = tree.find(path)
@@ -84,9 +84,11 @@ def _switched(tree: Tree, one: Factors) -> Reached:
     return Reached(one.path, node, "" if fits and {one.a.shape[0]} == experts else "the model wants other shapes")
 
 
-def _path(adapter: Adapter, one: Factors) -> str:
-    """As the model has it: diffusers names the part of the pipeline first."""
-    return one.path.partition(".")[2] if adapter.layout == "diffusers" else bare(one.path)
+def _path(adapter: Adapter, tree: Tree, one: Factors) -> str:
+    """As the model has it: diffusers' pipelines name their part first, and its models do not."""
+    if adapter.layout == "diffusers":
+        return one.path if tree.find(one.path) is not None else one.path.partition(".")[2]
+    return bare(one.path)
 
 
 def _near(tree: Tree, path: str) -> str:

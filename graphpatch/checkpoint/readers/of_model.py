@@ -51,6 +51,12 @@ def no_such_module(case: Case) -> Iterator[str]:
     yield from (f"{one.path}: {one.why}" for one in case.reached if one.node is None)
 
 
+def without_part(case: Case) -> Iterator[str]:
+    """Of diffusers' layout: keys that are paths of the model as they stand."""
+    if case.tree is not None:
+        yield from (path for path in case.adapter.factors if case.tree.find(path) is not None)
+
+
 def outside_the_targets(case: Case) -> Iterator[str]:
     """Modules that the adapter has factors for, and that PEFT would not make from the config."""
     given = case.adapter.config.get("target_modules")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.op import Refusal
-from ..rewrites.attention import Attention, Wish, allowed
+from ..rewrites.attention import Attention, Wish, allowed, with_causality
 from ..rewrites.rewrite import InPlace
 from ..rewrites.softcap_output import softcapped
 
@@ -65,7 +65,7 @@ class MegatronScores(Attention):
         if wishes.masks:
             queries, keys = input.shape[-2:]
             if mask is None and own.attn_mask_type.name == "causal":  # type: ignore[union-attr]
-                wishes = wishes._replace(causal=True)
+                wishes = with_causality(wishes, True)
             places = torch.arange(queries, device=input.device) + (keys - queries)
             hidden = ~allowed(places, keys, wishes)
             mask = hidden[None, None] if mask is None else hidden | mask

@@ -34,6 +34,11 @@ class Wishes(NamedTuple):
         return self.size is not None or self.causal is not None
 
 
+def with_causality(wishes: Wishes, causal: bool) -> Wishes:
+    """`_replace`, which the compiler of older PyTorch does not follow."""
+    return Wishes(wishes.cap, wishes.by, wishes.size, causal)
+
+
 class Attention(InPlace):
     """Of the kinds of attention: each entry is a wish."""
 

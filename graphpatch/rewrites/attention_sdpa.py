@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..lang.diagnostics import ApplyError, Diagnostic
-from .attention import Attention, Wishes, allowed, narrowed, scored
+from .attention import Attention, Wishes, allowed, narrowed, scored, with_causality
 
 
 class SdpaAttention(Attention):
@@ -63,7 +63,7 @@ def attention(
     scale = wishes.by if wishes.by is not None else scale
     causal = is_causal if wishes.causal is None else wishes.causal
     if wishes.size is not None or causal or (wishes.causal is False and attn_mask is not None):
-        attn_mask = _masked(query, key, attn_mask, wishes._replace(causal=causal), wishes.causal is False)
+        attn_mask = _masked(query, key, attn_mask, with_causality(wishes, causal), wishes.causal is False)
     if wishes.cap is None:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa

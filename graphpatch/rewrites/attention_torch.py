@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import Attention, Wishes, allowed, as_bias, narrowed, scored
+from .attention import Attention, Wishes, allowed, as_bias, narrowed, scored, with_causality
 
 
 class TorchAttention(Attention):
@@ -110,7 +110,7 @@ def _bias(
         hidden = as_bias(~padding if padding.dtype == torch.bool else padding, query.dtype)[:, None, None]
         bias = hidden if bias is None else (bias + hidden).clamp(min=torch.finfo(query.dtype).min)
     if wishes.masks or (is_causal and mask is None):
-        wanted = wishes._replace(causal=is_causal and mask is None) if wishes.causal is None else wishes
+        wanted = with_causality(wishes, is_causal and mask is None) if wishes.causal is None else wishes
         seen = allowed(torch.arange(queries, device=query.device) + (keys - queries), keys, wanted)
         bias = as_bias(seen, query.dtype) if bias is None else narrowed(bias, seen)
     return bias

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..lang.diagnostics import ApplyError, Diagnostic
 from ..ops.op import Refusal
-from .attention import Attention, Wish, Wishes, allowed, as_bias, narrowed, scored
+from .attention import Attention, Wish, Wishes, allowed, as_bias, narrowed, scored, with_causality
 
 NAME = "graphpatch"
 _PLAIN = {"module", "query", "key", "value", "attention_mask", "scaling", "dropout", "softcap", "kwargs"}
@@ -179,7 +179,7 @@ def _masked(causal: bool, query: Tensor, key: Tensor, mask: Any, wishes: Wishes,
     """The mask with what is asked for in it, of the kind that the backend takes."""
     queries, keys = query.shape[2], key.shape[2]
     if wishes.causal is None and causal and not isinstance(mask, Tensor) and backend != "eager":
-        wishes = wishes._replace(causal=True)  # where the mask leaves it to the backend
+        wishes = with_causality(wishes, True)  # where the mask leaves it to the backend
     if type(mask).__name__ == "BlockMask" or backend == "flex_attention":
         return _block_mask(mask, queries, keys, wishes, query.device)
     # Without a mask a backend aligns queries with the first keys, and a single one with the last.

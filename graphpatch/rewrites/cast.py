@@ -36,7 +36,7 @@ class Casting(InPlace):
         if not self._cast:
             return super().forward(*args, **kwargs)
         dtype, keep, _ = self._cast[-1]
-        before = next((x.dtype for x in tree_leaves((args, kwargs)) if _floats(x)), None)
+        given = [x.dtype for x in tree_leaves((args, kwargs)) if _floats(x)]
         args, kwargs = tree_map(lambda x: x.to(dtype) if _floats(x) else x, (args, kwargs))
         module = cast(nn.Module, self)
         # What `torch.func.functional_call` does, which would go through this forward, and the hooks, once more.
@@ -44,9 +44,9 @@ class Casting(InPlace):
             module, {n: p.to(dtype) for n, p in module.named_parameters(remove_duplicate=False) if _floats(p)}
         ):
             output = super().forward(*args, **kwargs)
-        if keep or before is None:
+        if keep or not given:
             return output
-        return tree_map(lambda y: y.to(before) if _floats(y) and y.dtype == dtype else y, output)
+        return tree_map(lambda y: y.to(given[0]) if _floats(y) and y.dtype == dtype else y, output)
 
 
 def _floats(x: Any) -> bool:

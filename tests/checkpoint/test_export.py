@@ -170,7 +170,7 @@ def test_keys_without_a_part_have_an_effect_on_the_model_and_none_in_a_pipeline(
     """What `save_lora_adapter` of a diffusers model writes, as opposed to `save_lora_weights` of a pipeline."""
     from safetensors.torch import save_file
 
-    model, folder = diffusion(tmp_path)
+    _, folder = diffusion(tmp_path)
     export_adapter(folder, tmp_path / "out", "diffusers")
     file = tmp_path / "out" / "pytorch_lora_weights.safetensors"
     with safe_open(file, "pt") as opened:

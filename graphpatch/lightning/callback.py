@@ -28,6 +28,7 @@ from .atomic import AtomicIO
 from .atomic_folder import write_whole_folders
 from .base import Base, load_base
 from .contents import Window, keep_what_changes
+from .frozen import freeze_again, remember_frozen
 from .handover import Handover
 from .inner import inner_model, plan_inside
 from .random_state import Randomness
@@ -98,6 +99,7 @@ class ModelTransform(pl.Callback):
         identity = self.identity()
         if identity not in _applied(model):
             mark(model, identity, self.apply(model))
+            remember_frozen(model)
         self._handover.take(model)
         return model
 
@@ -243,6 +245,7 @@ class ModelTransform(pl.Callback):
 def _configure(transform: ModelTransform, module: pl.LightningModule, original: Callable[[], None]) -> None:
     """`configure_model`: the module's own, then the transform."""
     original()
+    freeze_again(module)
     try:
         checks.refuse_sharded(module, bool(_applied(module)))
         transform.load_base(module)

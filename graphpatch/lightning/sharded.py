@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +47,19 @@ def read_sharded(folder: Path) -> dict[str, Any]:
         for name, about in facts.items()
         if name.startswith(_WEIGHTS)
     }
-    dcp.load(weights, checkpoint_id=folder, no_dist=True)
+    _read_alone(weights, folder)
     meta = torch.load(folder / "meta.pt", map_location="cpu", weights_only=True)
     return {**meta, "state_dict": {name.removeprefix(_WEIGHTS): tensor for name, tensor in weights.items()}}
+
+
+def _read_alone(weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Fill the tensors, whether other ranks do so too or not."""
+    if "no_dist" in signature(dcp.load).parameters:
+        dcp.load(weights, checkpoint_id=folder, no_dist=True)
+        return
+    with warnings.catch_warnings():  # PyTorch 2.6 has no other way that is public
+        warnings.simplefilter("ignore", FutureWarning)
+        dcp.load_state_dict(weights, dcp.FileSystemReader(folder), no_dist=True)
 
 
 def _refuse_torn(folder: Path) -> None:

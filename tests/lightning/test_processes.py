@@ -292,6 +292,7 @@ class Parallel(Plain):
         for layer in self.net.layers:
             plan = {"linear_qkv": ColwiseParallel(), "linear_proj": RowwiseParallel()}
             parallelize_module(layer, self.device_mesh["tensor_parallel"], plan)
+            layer.requires_grad_()  # as PyTorch 2.6 leaves it
         if self.device_mesh["data_parallel"].size() > 1:
             from torch.distributed.fsdp import fully_shard
             for layer in self.net.layers: fully_shard(layer, mesh=self.device_mesh["data_parallel"])

@@ -87,7 +87,9 @@ class ModelTransform(pl.Callback):
         """Transform `model` now, if this transform has not yet; what NeMo's users call in `configure_model`, where that
         goes on to shard the model. Returns the model."""
         self.load_base(model)
-        return self.transform_once(model)
+        self.transform_once(model)
+        remember_frozen(model)
+        return model
 
     def load_base(self, model: nn.Module) -> None:
         """Load `base_checkpoint`, where the transform is still to come."""
@@ -99,7 +101,6 @@ class ModelTransform(pl.Callback):
         identity = self.identity()
         if identity not in _applied(model):
             mark(model, identity, self.apply(model))
-            remember_frozen(model)
         self._handover.take(model)
         return model
 

@@ -84,11 +84,15 @@ def refuse_other_callbacks(trainer: pl.Trainer, transform: ModelTransform, trans
             )
 
 
+def is_sharded(parameter: nn.Parameter) -> bool:
+    return type(parameter.data).__name__ == "DTensor"
+
+
 def refuse_sharded(module: nn.Module, transformed: bool) -> None:
     """Parameters added to a sharded model train wrong and raise nothing."""
     if transformed:
         return
-    name = next((n for n, p in module.named_parameters() if type(p.data).__name__ == "DTensor"), None)
+    name = next((n for n, p in module.named_parameters() if is_sharded(p)), None)
     if name is not None:
         raise refusal(
             "GP810",

@@ -9,26 +9,25 @@ import logging
 
 from torch import nn
 
+from .checks import is_sharded
+
 _FROZEN = "_graphpatch_frozen"
-"""In the `__dict__` of a module that was transformed: the names of its parameters that do not train."""
+"""In the `__dict__` of a module that was transformed and may be sharded next: its parameters that do not train."""
 _log = logging.getLogger("graphpatch")
 
 
 def remember_frozen(model: nn.Module) -> None:
-    """Note what of a model that was just transformed does not train."""
+    """Note, by name, what does not train of a model that was just transformed."""
     parameters = model.named_parameters(remove_duplicate=False)
     model.__dict__[_FROZEN] = frozenset(name for name, p in parameters if not p.requires_grad)
 
 
 def freeze_again(module: nn.Module) -> None:
-    """Freeze what of that has become a sharded parameter, and trains."""
+    """Freeze what of that has become a sharded parameter, and trains. Once: who lets it train later means it."""
     for part in module.modules():
-        names = part.__dict__.get(_FROZEN, ())
-        again = [
-            p
-            for name, p in (part.named_parameters(remove_duplicate=False) if names else ())
-            if name in names and p.requires_grad and type(p.data).__name__ == "DTensor"
-        ]
+        names = part.__dict__.pop(_FROZEN, ())
+        parameters = part.named_parameters(remove_duplicate=False) if names else ()
+        again = [p for name, p in parameters if name in names and p.requires_grad and is_sharded(p)]
         for parameter in again:
             parameter.requires_grad = False
         if again:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ..lang.diagnostics import ApplyError, Diagnostic
+from .merging import exact_arithmetic
 
 
 def refuse_misfit(module: nn.Module, input: Tensor, output: Any) -> None:
@@ -50,7 +51,7 @@ def is_product(module: nn.Module, matrix: Callable[[nn.Module], Tensor]) -> bool
     modes = [(part, part.training) for part in module.modules()]
     try:
         module.eval()
-        with torch.no_grad():
+        with torch.no_grad(), exact_arithmetic(weight.device.type):
             product = linear(rows, matrix(module), module.bias)
             output = forward(module, rows.clone())
     except Exception:

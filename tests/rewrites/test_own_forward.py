@@ -93,6 +93,13 @@ def test_it_is_merged_where_the_class_computes_the_product(cls, dtype):
     assert (model(x) - expected).abs().max() <= near * expected.abs().max()
 
 
+def test_how_it_is_tried_is_not_the_callers_precision():
+    _, patch = patched(FalconLinear(256, 32))
+    with torch.autocast("cpu", torch.bfloat16):
+        patch.merge()
+    assert patch.merged
+
+
 def test_one_that_cannot_be_tried_on_two_rows_is_not_merged():
     model, patch = patched(Sequences(6, 4))
     with pytest.raises(ApplyError, match="GP531"):
